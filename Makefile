@@ -1,0 +1,56 @@
+# `make` lists the targets.  The first one that needs Python makes .venv from requirements.txt.
+PYTHON ?= python3
+PRESET ?= smoke
+SCRIPT ?= drift_toy
+VENV   := .venv/bin/python
+ALL    := $(basename $(wildcard drift_*.py dit_t2i.py hope_lm.py beta_vae_arc.py streetvision.py))
+
+.PHONY: help demo test test-gpu parity smoke repro bench table report pack clean
+
+help:            ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(VENV) -m pip install -q -r requirements.txt
+	touch $@
+
+demo: .venv/ready    ## fresh machine to first pictures: drifting in 2-D
+	$(VENV) drift_toy.py --preset demo
+
+test: .venv/ready    ## all tests; CPU, no network
+	OMP_NUM_THREADS=1 $(VENV) -m pytest -q --ignore=tests/parity
+
+test-gpu: .venv/ready    ## the tests that need a CUDA device
+	$(VENV) -m pytest -q tests -k gpu
+
+.venv-parity/ready: requirements.txt tests/parity/requirements.txt
+	$(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/python -m pip install -q -r requirements.txt
+	.venv-parity/bin/python -m pip install -q --no-deps -r tests/parity/requirements-no-deps.txt
+	.venv-parity/bin/python -m pip install -q -r tests/parity/requirements.txt
+	touch $@
+
+parity: .venv-parity/ready    ## against the public implementations, in an environment of its own
+	.venv-parity/bin/python -m pytest -q tests/parity
+
+smoke: .venv/ready    ## every script end to end on the data it makes itself
+	@for s in $(ALL); do echo "== $$s"; $(VENV) $$s.py --preset smoke --out runs/$$s/smoke || exit 1; done
+
+repro: .venv/ready    ## make repro SCRIPT=drift_latent PRESET=table8_l2
+	$(VENV) $(SCRIPT).py --preset $(PRESET)
+
+bench: .venv-parity/ready    ## ratios against installed peers, paired; writes bench.json
+	.venv-parity/bin/python -m eval.bench --json bench.json
+
+table: .venv/ready    ## the README's results table from runs/*/*/log.jsonl
+	$(VENV) -m eval.table
+
+report: .venv/ready    ## report.html over all runs
+	$(VENV) -m eval.report $(wildcard runs/*/*) --out report.html
+
+pack: .venv/ready    ## make pack SCRIPT=drift_toy: script and common as a tar
+	mkdir -p dist && tar -czf dist/$(SCRIPT).tar.gz $(SCRIPT).py common/*.py requirements.txt LICENSE
+
+clean:           ## forget the environments; runs stay
+	rm -rf .venv .venv-parity dist

@@ -1,0 +1,204 @@
+"""Parts of a language model that are nobody's experiment: norms, convolution, rotary attention, DeltaNet, SwiGLU.
+
+A sequence mixer maps (x [B,T,D], state dict) -> (y [B,T,D], state dict).  An empty state is a fresh context, a returned
+one continues it, so training, scoring, sampling and memorising are the same forward pass.
+
+B sequences  T tokens  D width  H heads  M stacked  K head width
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.scan import decays, read, write
+
+
+def unit(x):
+    return F.normalize(x, dim=-1, eps=1e-6)
+
+
+def cut(x_BTD, heads):
+    """[B, T, D] -> float [B, H, 1, T, K]: states and solves stay in float32 under autocast."""
+    B, T, D = x_BTD.shape
+    x = x_BTD.view(B, T, heads, 1, D // heads).permute(0, 2, 3, 1, 4)
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def glue(x_BHMTK):
+    return x_BHMTK.squeeze(2).transpose(1, 2).flatten(2)
+
+
+def linear(i, o, std=0.02, bias=False):
+    layer = nn.Linear(i, o, bias=bias)
+    nn.init.normal_(layer.weight, std=std)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def rates(layer, x_BTD, count):
+    """Per-head scalars [B, H, 1, T] from a linear map to count x H numbers -> tuple of count."""
+    y = layer(x_BTD)
+    y = y.float() if y.dtype in (torch.bfloat16, torch.float16) else y
+    return y.view(*y.shape[:2], count, -1).permute(2, 0, 3, 1)[:, :, :, None].unbind(0)
+
+
+class Conv(nn.Module):
+    """Depthwise causal convolution over time, as a sum of shifted products."""
+
+    def __init__(self, width, taps):
+        super().__init__()
+        self.taps = taps
+        self.kernel = nn.Parameter(torch.randn(taps, width) * 0.1)
+        with torch.no_grad():
+            self.kernel[-1] += 1.0                  # near the identity
+
+    def forward(self, x_BTD, tail):
+        T, n = x_BTD.shape[1], self.taps - 1
+        x = F.pad(x_BTD, (0, 0, n, 0)) if tail is None else torch.cat([tail.to(x_BTD.dtype), x_BTD], 1)
+        y = sum(x[:, i:i + T] * self.kernel[i] for i in range(self.taps))
+        return y, x[:, x.shape[1] - n:]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), 1e-6)
+
+
+def rope(x, start, theta=10_000.0):
+    """Rotary positions start, start+1, ... on [..., T, K], halves rotated against each other."""
+    T, K = x.shape[-2:]
+    inverse = theta ** -(torch.arange(0, K, 2, device=x.device, dtype=torch.float32) / K)
+    angle = (start + torch.arange(T, device=x.device, dtype=torch.float32))[:, None] * inverse
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class Attention(nn.Module):
+    """Causal softmax attention with rotary positions; window > 0: sliding, cost linear in T; P always visible."""
+
+    def __init__(self, D, heads, out_std=0.02, window=0, persistent=0):
+        super().__init__()
+        self.heads, self.window = heads, window
+        self.qkv, self.out = linear(D, 3 * D), linear(D, D, out_std)
+        self.persistent = nn.Parameter(torch.randn(2, persistent, D) * 0.02) if persistent else None
+
+    def forward(self, x, state):
+        B, T, D = x.shape
+        q, k, v = (part.view(B, T, self.heads, -1).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        start = state.get("position", 0)
+        q, k = rope(q, start), rope(k, start)
+        if "kv" in state:
+            k, v = torch.cat([state["kv"][0], k], 2), torch.cat([state["kv"][1], v], 2)
+        past, W = k.shape[2] - T, self.window
+        if not W and self.persistent is None and not past:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            y = torch.cat([self._block(q[:, :, lo:lo + (W or T)], k, v, past + lo) for lo in range(0, T, W or T)], 2)
+        keep = slice(max(0, past + T - W + 1), None) if W else slice(None)
+        state = dict(kv=(k[:, :, keep], v[:, :, keep]), position=start + T)
+        return self.out(y.transpose(1, 2).reshape(B, T, D)), state
+
+    def _block(self, q, k, v, at):
+        """Queries at key index at, at+1, ... see the last `window` keys (all when 0) and the persistent ones."""
+        n, first = q.shape[2], max(0, at - self.window + 1) if self.window else 0
+        k, v = k[:, :, first:at + n], v[:, :, first:at + n]
+        row = torch.arange(at, at + n, device=q.device)[:, None]
+        column = torch.arange(first, at + n, device=q.device)[None]
+        seen = (column <= row) & (column > row - self.window if self.window else True)
+        if self.persistent is not None:
+            pk, pv = (p.to(q.dtype).view(1, -1, self.heads, q.shape[-1]).transpose(1, 2).expand(len(q), -1, -1, -1)
+                      for p in self.persistent)
+            k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+            seen = F.pad(seen, (pk.shape[2], 0), value=True)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+
+class DeltaNet(nn.Module):
+    """S_t = a S_{t-1} (I - b k k^T) + b v k^T, o = S_t q: Gated DeltaNet; a = 1 without the gate: DeltaNet."""
+
+    def __init__(self, D, heads, out_std=0.02, gated=False, chunk=64, taps=4):
+        super().__init__()
+        H = heads
+        self.heads, self.chunk, self.gated = H, chunk, gated
+        self.qkv, self.beta, self.out = linear(D, 3 * D), linear(D, H), linear(D, D, out_std)
+        self.conv, self.norm = Conv(3 * D, taps), RMSNorm(D // H)
+        if gated:
+            self.decay, self.open = linear(D, H, bias=True), linear(D, D)
+            nn.init.uniform_(self.decay.bias, -5.0, -2.0)   # softplus: keeps 0.87 to 0.993
+            self.log_rate = nn.Parameter(torch.zeros(H))
+
+    def forward(self, x, state):
+        c, tail = self.conv(self.qkv(x), state.get("tail"))
+        q, k, v = (cut(p, self.heads) for p in F.silu(c).chunk(3, -1))
+        q, k = unit(q) * q.shape[-1] ** -0.5, unit(k)
+        beta = rates(self.beta, x, 1)[0].sigmoid()
+        log_keep = -self.log_rate.exp()[:, None, None] * F.softplus(rates(self.decay, x, 1)[0]) if self.gated \
+            else torch.zeros_like(beta)
+        o, S = delta_net(q, k, v, beta, log_keep, state.get("memory"), self.chunk)
+        y = glue(self.norm(o)).to(x.dtype)
+        return self.out(y * F.silu(self.open(x)) if self.gated else y), dict(tail=tail, memory=S)
+
+
+def delta_net(q, k, v, beta, log_keep, S, chunk):
+    """Gated delta rule by chunks: q, k, v [..., T, K], beta, log_keep [..., T], S [..., K, K] or None -> (o, S)."""
+    if S is None:
+        S = v.new_zeros(*v.shape[:-2], v.shape[-1], k.shape[-1])
+    outs = []
+    with torch.autocast(v.device.type, enabled=False):
+        for lo in range(0, k.shape[-2], chunk):
+            at = slice(lo, lo + chunk)
+            x, b, a = k[..., at, :], beta[..., at], log_keep[..., at]
+            now, before, _ = decays(a)
+            w = b[..., None] * v[..., at, :]
+            S_new, _, u = write(S, None, x, w, b * a.exp(), now, before, None)
+            outs.append(read(S, None, x, w, u, q[..., at, :], now))
+            S = S_new
+    return torch.cat(outs, -2), S
+
+
+def log_sigmoid(x, floor=math.log(1e-3)):
+    """Log of a decay in (1e-3, 1): products of it stay finite however long the chunk."""
+    return F.logsigmoid(x).clamp(min=floor)
+
+
+def inverse_softplus(y):
+    return math.log(math.expm1(y))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, D, hidden, out_std=0.02):
+        super().__init__()
+        self.up, self.down = linear(D, 2 * hidden), linear(hidden, D, out_std)
+
+    def forward(self, x):
+        a, b = self.up(x).chunk(2, -1)
+        return self.down(F.silu(a) * b)
+
+
+def pieces(total, first, size):
+    """Sizes that cut `total` tokens at the boundaries of chunks of `size`, the first of which has `first` left."""
+    first = min(total, first)
+    whole, rest = divmod(total - first, size)
+    return [first] + [size] * whole + [rest] * (rest > 0)
+
+
+def detached(tree):
+    if torch.is_tensor(tree):
+        return tree.detach()
+    if isinstance(tree, dict):
+        return {k: detached(v) for k, v in tree.items()}
+    return type(tree)(detached(v) for v in tree) if isinstance(tree, (list, tuple)) else tree
+
+
+def nll(logits_BTV, target_BT):
+    loss = F.cross_entropy(logits_BTV.float().flatten(0, 1) if logits_BTV.dtype != torch.float64
+                           else logits_BTV.flatten(0, 1), target_BT.flatten(), ignore_index=-1, reduction="none")
+    return loss.view_as(target_BT)

@@ -1,0 +1,320 @@
+"""Scores of binary classifiers: Matthews correlation, ROC and PR areas, calibration error, bootstrap.
+
+A resample is a row of weights (how often each item was drawn), so thousands of resamples are one matrix:
+everything that is a sum over items becomes a matrix product, everything that needs a ranking becomes a prefix
+sum over items sorted once.
+
+N items  B resamples  C columns  K classes  T thresholds
+"""
+
+import numpy as np
+from scipy.special import ndtr, ndtri
+
+
+def _check(prob, label, binary=True):
+    """float64 scores and bool labels (or int classes) of equal length, or ValueError."""
+    prob, label = np.asarray(prob, np.float64), np.asarray(label)
+    if len(prob) != len(label) or not len(prob):
+        raise ValueError(f"{len(prob)} scores and {len(label)} labels")
+    if not np.isfinite(prob).all():
+        raise ValueError(f"{np.count_nonzero(~np.isfinite(prob))} scores are not finite")
+    if binary and not np.isin(label, (0, 1)).all():
+        raise ValueError("labels must be 0 or 1")
+    return prob, label.astype(bool) if binary else label.astype(np.int64)
+
+
+def _ratio(a, b):
+    """a / b in float64, 0 where b is 0."""
+    a, b = np.broadcast_arrays(np.asarray(a, np.float64), np.asarray(b, np.float64))
+    return np.divide(a, b, out=np.zeros(a.shape), where=b != 0)[()]
+
+
+# --- one threshold, all thresholds ---------------------------------------
+
+def mcc(tp, tn, fp, fn):
+    """Matthews correlation (TP TN - FP FN) / sqrt((TP+FP)(TP+FN)(TN+FP)(TN+FN)) of counts; 0 where that
+    root is 0. Arrays of any shape; in float64, since the product of four counts of 60 000 overflows int64."""
+    tp, tn, fp, fn = (np.asarray(x, np.float64) for x in (tp, tn, fp, fn))
+    return _ratio(tp * tn - fp * fn, np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)))
+
+
+def mcc_at_prior(tpr, tnr, prior=0.5):
+    """MCC that the same true positive and true negative rates give at another share of positives."""
+    predicted = prior * tpr + (1 - prior) * (1 - np.asarray(tnr, np.float64))
+    return (tpr + tnr - 1) * np.sqrt(_ratio(prior * (1 - prior), predicted * (1 - predicted)))
+
+
+def mcc_sweep(prob_N, label_N, n_thresholds=5000, prior=None):
+    """MCC of "prob >= t" at every t of linspace(0, 1, n_thresholds) -> dict.
+
+    threshold, mcc, index       the best: the middle of the longest run of thresholds within 1e-12 of it
+    curve                       record array [T] with fields threshold, mcc, tp, tn, fp, fn
+    exact_threshold, exact_mcc  the best of all cuts (midpoints of distinct scores); a grid misses it when
+                                scores crowd near 0 or 1
+    prior: maximise the MCC at this share of positives instead of the sample's.
+    """
+    prob, label = _check(prob_N, label_N)
+    positive, negative = np.sort(prob[label]), np.sort(prob[~label])
+
+    def at(threshold):
+        tp = len(positive) - np.searchsorted(positive, threshold)
+        fp = len(negative) - np.searchsorted(negative, threshold)
+        tn, fn = len(negative) - fp, len(positive) - tp
+        value = mcc(tp, tn, fp, fn) if prior is None else \
+            mcc_at_prior(_ratio(tp, len(positive)), _ratio(tn, len(negative)), prior)
+        return np.rec.fromarrays([threshold, value, tp, tn, fp, fn], names="threshold,mcc,tp,tn,fp,fn")
+
+    curve = at(np.linspace(0, 1, n_thresholds))
+    best = np.flatnonzero(curve.mcc >= curve.mcc.max() - 1e-12)
+    run = max(np.split(best, np.flatnonzero(np.diff(best) > 1) + 1), key=len)
+    index = int(run[(len(run) - 1) // 2])
+    scores = np.unique(prob)
+    exact = at(np.r_[scores[0], (scores[1:] + scores[:-1]) / 2])
+    top = int(exact.mcc.argmax())
+    return dict(threshold=float(curve.threshold[index]), mcc=float(curve.mcc[index]), index=index,
+                curve=curve, exact_threshold=float(exact.threshold[top]), exact_mcc=float(exact.mcc[top]))
+
+
+def roc_auc(score_N, label_N):
+    """Area under the ROC curve: P(positive scores above negative) + P(equal) / 2; nan with one class only."""
+    score, label = _check(score_N, label_N)
+    positive, negative = score[label], np.sort(score[~label])
+    if not len(positive) or not len(negative):
+        return float("nan")
+    below = np.searchsorted(negative, positive, "left") + np.searchsorted(negative, positive, "right")
+    return float(below.sum() / (2 * len(positive) * len(negative)))
+
+
+def average_precision(score_N, label_N):
+    """sum_i (R_i - R_{i-1}) P_i over distinct scores from high to low; nan without positives."""
+    score, label = _check(score_N, label_N)
+    order = np.argsort(-score, kind="stable")
+    last = np.r_[np.flatnonzero(np.diff(score[order])), len(score) - 1]     # of every group of ties
+    tp = np.cumsum(label[order])[last]
+    return float(np.sum(np.diff(tp, prepend=0) * tp / (last + 1)) / tp[-1]) if tp[-1] else float("nan")
+
+
+# --- probabilities -------------------------------------------------------
+
+def brier_score(prob_N, label_N):
+    """mean (p - y)^2."""
+    prob, label = _check(prob_N, label_N)
+    return float(np.mean((prob - label) ** 2))
+
+
+def _log_loss(prob, label):
+    """-log of the probability given to the label, with p kept 2e-16 away from 0 and 1."""
+    eps = np.finfo(np.float64).eps
+    return -np.log(np.clip(np.where(label, prob, 1 - prob), eps, 1 - eps))
+
+
+def negative_log_likelihood(prob_N, label_N):
+    """-mean (y log p + (1 - y) log(1 - p)) in nats."""
+    return float(np.mean(_log_loss(*_check(prob_N, label_N))))
+
+
+def _bins(prob, bins, binning):
+    """Bin of every item: widths [k/M, (k+1)/M) with 1.0 in the last, or equal mass with ties together."""
+    if prob.min() < 0 or prob.max() > 1:
+        raise ValueError(f"probabilities span {prob.min():.3g} to {prob.max():.3g}, expected 0 to 1")
+    if binning == "width":
+        return np.minimum(np.searchsorted(np.linspace(0, 1, bins + 1), prob, "right") - 1, bins - 1)
+    if binning == "mass":
+        return np.searchsorted(np.sort(prob), prob, "left") * bins // len(prob)
+    raise ValueError(f"binning must be 'width' or 'mass', not {binning!r}")
+
+
+def reliability(prob_N, label_N, bins=15, binning="width"):
+    """Reliability diagram: dict(count, prob, label) of arrays [bins]; means are nan in empty bins."""
+    prob, label = _check(prob_N, label_N)
+    index = _bins(prob, bins, binning)
+    count, *sums = (np.bincount(index, w, bins) for w in (None, prob, label))
+    with np.errstate(invalid="ignore"):
+        return dict(count=count, prob=sums[0] / count, label=sums[1] / count)
+
+
+def _top(prob, label):
+    """Confidence of the predicted class and whether it was right; prob [N] (1 from 1/2 up) or [N, K]."""
+    if prob.ndim == 1:
+        return np.maximum(prob, 1 - prob), (prob >= 0.5) == label
+    return prob.max(1), prob.argmax(1) == label
+
+
+def expected_calibration_error(prob_N, label_N, bins=15, binning="width", kind=None, norm="l1", debias=False):
+    """sum_b n_b / n |mean label - mean p| over bins -> float.
+
+    kind     "positive": p is the probability of class 1 (default for prob [N]); "top": confidence of the
+             predicted class against being right (default for [N, K]); "classwise": mean over the K classes of
+             one-against-rest errors.
+    binning  "width", or "mass": bins of equal counts, which is less biased.
+    norm     "l1" (ECE), "l2" (root mean square), "max" (MCE). debias: l2 only, subtract the variance of each
+             bin's mean label.
+    """
+    prob = np.asarray(prob_N, np.float64)
+    kind = kind or ("positive" if prob.ndim == 1 else "top")
+    if kind == "classwise":
+        one_to_rest = [(prob[:, c], np.asarray(label_N) == c) for c in range(prob.shape[1])]
+        return float(np.mean([expected_calibration_error(p, y, bins, binning, "positive", norm, debias)
+                              for p, y in one_to_rest]))
+    prob, label = _check(prob, label_N, binary=prob.ndim == 1)
+    prob, label = _top(prob, label) if kind == "top" else (prob, label)
+    table = reliability(prob, label, bins, binning)
+    n, p, y = (x[table["count"] > 0] for x in table.values())
+    gap = np.abs(y - p)
+    if norm == "max":
+        return float(gap.max())
+    if norm == "l2":
+        square = gap ** 2 - (_ratio(y * (1 - y), n - 1) if debias else 0)
+        return float(np.sqrt(max(np.sum(n * square) / n.sum(), 0)))
+    return float(np.sum(n * gap) / n.sum())
+
+
+def sweep_calibration_error(prob_N, label_N):
+    """ECE_sweep (arXiv 2012.08668): equal-mass bins, as many as keep their mean labels ascending."""
+    prob, label = _check(prob_N, label_N)
+    bins = 1
+    while bins < len(prob):
+        rate = reliability(prob, label, bins + 1, "mass")["label"]
+        if np.any(np.diff(rate[~np.isnan(rate)]) < 0):
+            break
+        bins += 1
+    return expected_calibration_error(prob, label, bins, "mass")
+
+
+def calibration_noise_floor(prob_N, label_N=None, bins=15, binning="width", draws=1000, seed=0):
+    """ECE that a perfectly calibrated predictor with these probabilities would show -> dict(mean, p95).
+
+    Labels are drawn from Bernoulli(p). With label_N also p_value: share of draws at least as bad, +1 rule.
+    """
+    prob = np.asarray(prob_N, np.float64)
+    member_NM = _one_hot(_bins(prob, bins, binning), bins)
+    expected, rng = prob @ member_NM, np.random.default_rng(seed)
+    drawn = [(rng.random((rows, len(prob))) < prob).astype(np.float64) @ member_NM
+             for rows in _chunks(draws, len(prob))]
+    errors = np.abs(np.concatenate(drawn) - expected).sum(1) / len(prob)
+    out = dict(mean=float(errors.mean()), p95=float(np.quantile(errors, 0.95)))
+    if label_N is not None:
+        seen = expected_calibration_error(prob, label_N, bins, binning)
+        out["p_value"] = float((1 + np.count_nonzero(errors >= seen)) / (1 + draws))
+    return out
+
+
+def _one_hot(index, size):
+    return (index[:, None] == np.arange(size)).astype(np.float64)
+
+
+def _chunks(rows, width, cells=1 << 18):
+    """Split rows so that a [chunk, width] float64 matrix stays near the size of a CPU cache."""
+    step = max(1, cells // max(width, 1))
+    return [min(step, rows - start) for start in range(0, rows, step)]
+
+
+# --- bootstrap -----------------------------------------------------------
+
+def binary_metrics(prob_N, label_N, threshold=0.5, bins=15):
+    """Function weights [B, N] -> dict of arrays [B], every metric of a binary classifier under item weights.
+
+    Called without weights it returns the plain metrics as floats. Predicts 1 from `threshold` up. Ratios
+    without a denominator are 0, areas with one class only are nan. Calibration bins are those of the data,
+    also in resamples.
+    """
+    prob, label = _check(prob_N, label_N)
+    order = np.argsort(-prob, kind="stable")
+    p, y = prob[order], label[order]
+    positive, negative, hit = np.flatnonzero(y), np.flatnonzero(~y), p >= threshold
+    edge = np.r_[0, np.flatnonzero(np.diff(p)) + 1, len(p)]  # first item of every group of ties
+    group = np.searchsorted(edge, np.arange(len(p)), "right") - 1
+    start, stop, ties = edge[group], edge[group + 1], len(edge) <= len(p)
+    confidence, right = _top(p, y)
+    wide, mass = (_bins(p, bins, kind) for kind in ("width", "mass"))
+    gap = (y - p)[:, None]
+    sums = [np.c_[hit & y, ~hit & ~y, hit & ~y, ~hit & y],                    # tp tn fp fn
+            np.c_[(p - y) ** 2, _log_loss(p, y)],
+            gap * _one_hot(wide, bins), _one_hot(wide, bins), gap * _one_hot(mass, bins),
+            (right - confidence)[:, None] * _one_hot(_bins(confidence, bins, "width"), bins)]
+    matrix_NC = np.concatenate([c.astype(np.float64) for c in sums], 1)
+    cuts = np.cumsum([c.shape[1] for c in sums])[:-1]
+
+    def measure(weight_BN=None):
+        if weight_BN is None:
+            return {name: float(value[0]) for name, value in measure(np.ones((1, len(p)))).items()}
+        w = np.asarray(weight_BN, np.float64)[:, order]
+        total = w.sum(1)
+        count, loss, wide, in_wide, mass, top = np.split(w @ matrix_NC, cuts, 1)
+        tp, tn, fp, fn = count.T
+        tpr, tnr, precision = _ratio(tp, tp + fn), _ratio(tn, tn + fp), _ratio(tp, tp + fp)
+        tps, all_ = np.empty((2, len(w), len(p) + 1))  # prefix sums from the highest score down
+        tps[:, 0] = all_[:, 0] = 0
+        np.cumsum(w * y, 1, out=tps[:, 1:])
+        np.cumsum(w, 1, out=all_[:, 1:])
+        above = tps[:, stop[negative]]                  # positives above, ties counted half
+        if ties:
+            above = (above + tps[:, start[negative]]) / 2
+        with np.errstate(invalid="ignore", divide="ignore"):
+            auc = np.einsum("bn,bn->b", w[:, negative], above) / ((tp + fn) * (tn + fp))
+            at = np.maximum(all_[:, stop[positive]], 1e-300)  # 0 only where the item's own weight is 0
+            ap = np.einsum("bn,bn->b", w[:, positive], tps[:, stop[positive]] / at) / (tp + fn)
+        return dict(accuracy=(tp + tn) / total, balanced_accuracy=(tpr + tnr) / 2, precision=precision,
+                    recall=tpr, specificity=tnr, fnr=_ratio(fn, tp + fn), fpr=_ratio(fp, tn + fp),
+                    f1=_ratio(2 * tp, 2 * tp + fp + fn), mcc=mcc(tp, tn, fp, fn),
+                    mcc_prior50=mcc_at_prior(tpr, tnr), roc_auc=auc, average_precision=ap,
+                    brier=loss[:, 0] / total, nll=loss[:, 1] / total,
+                    ece=np.abs(wide).sum(1) / total, ece_mass=np.abs(mass).sum(1) / total,
+                    ece_top=np.abs(top).sum(1) / total, mce=np.abs(_ratio(wide, in_wide)).max(1))
+
+    return measure
+
+
+def bootstrap(statistic, n, group=None, resamples=2000, level=0.95, method="percentile", seed=42):
+    """Confidence intervals of a weighted statistic -> dict name -> dict(value, std, lower, upper, undefined).
+
+    statistic  function weights [B, n] -> dict of arrays [B], as binary_metrics returns; a difference of two
+               such functions gives a paired comparison, since both see the same weights.
+    group      [n] labels of dependent items (frames of one video); whole groups are drawn. Default: every
+               item on its own.
+    method     "percentile" or "bca" (bias-corrected and accelerated; one more evaluation per group).
+    undefined  resamples in which the value was nan; they are left out.
+    """
+    group = np.arange(n) if group is None else np.unique(np.asarray(group), return_inverse=True)[1]
+    if len(group) != n:
+        raise ValueError(f"{n} items and {len(group)} group labels")
+    if method not in ("percentile", "bca"):
+        raise ValueError(f"method must be 'percentile' or 'bca', not {method!r}")
+    groups, alone, rng = int(group.max()) + 1, len(np.unique(group)) == n, np.random.default_rng(seed)
+
+    def draw(rows):
+        picked = rng.integers(0, groups, (rows, groups)) + np.arange(rows)[:, None] * groups
+        weight = np.bincount(picked.ravel(), minlength=rows * groups).reshape(rows, groups)
+        return weight if alone else weight[:, group]
+
+    def collect(weights):
+        parts = [statistic(w) for w in weights]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    values = {name: value[0] for name, value in statistic(np.ones((1, n))).items()}
+    drawn = collect(draw(rows) for rows in _chunks(resamples, n))
+    left_out = {}
+    if method == "bca":
+        starts = np.cumsum([0, *_chunks(groups, n)])
+        left_out = collect(1. - (group == np.arange(a, b)[:, None]) for a, b in zip(starts, starts[1:]))
+    out = {}
+    for name, sample in drawn.items():
+        kept = sample[np.isfinite(sample)]
+        tail = np.array([(1 - level) / 2, (1 + level) / 2])
+        if method == "bca" and len(kept):
+            tail = _bca(tail, kept, values[name], left_out[name])
+        lower, upper = np.quantile(kept, tail) if len(kept) else (np.nan, np.nan)
+        std = float(kept.std(ddof=1)) if len(kept) > 1 else float("nan")
+        out[name] = dict(value=float(values[name]), std=std, lower=float(lower), upper=float(upper),
+                         undefined=int(len(sample) - len(kept)))
+    return out
+
+
+def _bca(tail, sample, value, jackknife):
+    """Quantiles that replace `tail` (Efron 1987): z0 is the bias of the resamples, a the jackknife's skew."""
+    below = (np.mean(sample < value) + np.mean(sample <= value)) / 2
+    z0 = ndtri(np.clip(below, 0.5 / len(sample), 1 - 0.5 / len(sample)))
+    d = np.nanmean(jackknife) - jackknife
+    a = _ratio(np.nansum(d ** 3), 6 * np.nansum(d ** 2) ** 1.5)
+    z = z0 + ndtri(tail)
+    return ndtr(z0 + z / (1 - a * z))

@@ -1,0 +1,116 @@
+"""What happens to pictures before and after the model: masks, compositing, recipes inside PNG files, blocked
+pictures.
+
+A recipe is the full list of flags that made a picture, so that `--recipe IMAGE` makes it again.
+"""
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+from PIL.PngImagePlugin import PngInfo
+
+from common import images
+from common.ckpt import write_atomic
+from common.flags import UserError
+
+KEY = "dit_t2i"               # the PNG text chunk that holds the recipe as JSON
+
+
+# --- reading -------------------------------------------------------------
+
+
+def read_rgb(path, size=None):
+    """Picture at path -> uint8 [H, W, 3]; size (w, h): scaled to cover it and cropped in the centre."""
+    try:
+        image = images.decode(str(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
+    return fit(image, size)
+
+
+def fit(image, size):
+    if size and image.size != tuple(size):
+        w, h = size
+        scale = max(w / image.width, h / image.height)
+        wide, high = max(w, round(image.width * scale)), max(h, round(image.height * scale))
+        image = image.resize((wide, high), Image.Resampling.LANCZOS)
+        left, top = (wide - w) // 2, (high - h) // 2
+        image = image.crop((left, top, left + w, top + h))
+    return np.asarray(image)
+
+
+def read_mask(path, size):
+    """Mask picture -> bool [H, W], white (over half) = repaint."""
+    mask = read_rgb(path, size).mean(-1) > 127.5
+    if not mask.any():
+        raise UserError(f"{path}: no white pixel in the mask, nothing to repaint")
+    return mask
+
+
+def latent_mask(mask_HW, factor):
+    """bool [H, W] -> float [1, 1, H/f, W/f]: a cell is repainted when any of its pixels is."""
+    return F.max_pool2d(torch.from_numpy(mask_HW).float()[None, None], factor)
+
+
+def composite(made, original, mask_HW, feather=0):
+    """Paste the repainted part back: uint8 [H, W, 3]. Pixels outside the mask keep their bytes exactly.
+
+    feather: pixels over which the edge fades, inside the mask only."""
+    weight = mask_HW.astype(np.float32)
+    if feather > 0:
+        soft = Image.fromarray((weight * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(feather))
+        weight = weight * np.clip(2 * np.asarray(soft, np.float32) / 255 - 1, 0, 1)
+    mixed = weight[..., None] * made + (1 - weight[..., None]) * original
+    return np.where(mask_HW[..., None], mixed.round().astype(np.uint8), original)
+
+
+def block(pixels, action):
+    """What to do with a flagged picture: report (nothing), blur or black."""
+    if action == "black":
+        return np.zeros_like(pixels)
+    if action == "blur":
+        radius = max(pixels.shape[:2]) / 12
+        return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(radius)))
+    return pixels
+
+
+# --- recipes -------------------------------------------------------------
+
+
+def save_png(path, pixels, recipe):
+    """PNG with its recipe: one chunk in the widely read 'parameters' layout, one as JSON."""
+    info = PngInfo()
+    info.add_text("parameters", parameters(recipe, pixels.shape[1], pixels.shape[0]))
+    info.add_text(KEY, json.dumps(recipe, sort_keys=True))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", pnginfo=info)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, buffer.getvalue())
+
+
+def parameters(recipe, width, height):
+    """prompt, negative prompt and one line of settings, as other programs write and read them."""
+    names = dict(steps="Steps", sampler="Sampler", cfg="CFG scale", seed="Seed")
+    line = [f"{label}: {recipe[key]}" for key, label in names.items() if key in recipe]
+    line += [f"Size: {width}x{height}"] + [f"Model hash: {h[:10]}"
+                                           for h in list(recipe.get("sha256", {}).values())[:1]]
+    negative = [f"Negative prompt: {recipe['negative']}"] if recipe.get("negative") else []
+    return "\n".join([str(recipe.get("prompt", "")), *negative, ", ".join(line)])
+
+
+def read_recipe(path):
+    """The recipe that save_png wrote -> dict; UserError when the file holds none."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            text = image.text.get(KEY)
+    except (OSError, SyntaxError, ValueError, AttributeError):
+        raise UserError(f"{path} is not a readable PNG") from None
+    try:
+        recipe = json.loads(text or "")
+        return recipe if isinstance(recipe, dict) else {}["not an object"]
+    except (ValueError, KeyError):
+        raise UserError(f"{path} holds no recipe: expected a PNG written by this program") from None

@@ -1,0 +1,83 @@
+"""The pictures of a binary classifier: ROC, precision-recall, confusion, reliability, risk-coverage, threshold sweep."""
+
+import numpy as np
+from scipy.stats import norm
+
+from common import draw
+from common.classify import reliability, roc_auc, average_precision
+
+
+def _sorted_counts(prob, label):
+    order = np.argsort(-prob, kind="stable")
+    p, y = prob[order], label[order].astype(bool)
+    last = np.r_[np.flatnonzero(np.diff(p)), len(p) - 1]
+    return np.cumsum(y)[last], np.cumsum(~y)[last]
+
+
+def roc_curve(prob, label, points=None):
+    """points: {name: (fpr, tpr)} operating points."""
+    tp, fp = _sorted_counts(prob, label)
+    series = {f"AUC {roc_auc(prob, label):.3f}": (np.r_[0, fp / max(fp[-1], 1)], np.r_[0, tp / max(tp[-1], 1)]),
+              "chance": ([0, 1], [0, 1])}
+    series |= {name: ([x], [y]) for name, (x, y) in (points or {}).items()}
+    return draw.lines(series, title="ROC", xlabel="false positive rate", ylabel="true positive rate", size=(560, 520))
+
+
+def pr_curve(prob, label):
+    tp, fp = _sorted_counts(prob, label)
+    share = float(np.mean(label))
+    return draw.lines({f"AP {average_precision(prob, label):.3f}": (tp / max(tp[-1], 1), tp / (tp + fp)),
+                       f"prevalence {share:.3f}": ([0, 1], [share, share])},
+                      title="precision and recall", xlabel="recall", ylabel="precision", size=(560, 520))
+
+
+def confusion(tp, tn, fp, fn, classes):
+    """Counts beside row percentages."""
+    m = np.array([[tn, fp], [fn, tp]], float)
+    share = 100 * m / np.maximum(m.sum(1, keepdims=True), 1)
+    return draw.sheet([draw.heat(m, classes, classes, title="count", xlabel="answer", ylabel="label"),
+                       draw.heat(share, classes, classes, title="% of the row", xlabel="answer", ylabel="label")])
+
+
+def wilson(rate, n, level=0.95):
+    """Wilson interval of a rate of n trials."""
+    z = norm.ppf((1 + level) / 2)
+    middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return middle - half, middle + half
+
+
+def reliability_diagram(before, after, label, bins=15):
+    """Share of positives against probability before and after calibration, Wilson bands, histogram below."""
+    series = {"ideal": ([0, 1], [0, 1])}
+    for name, prob in (("before", before), ("after", after)):
+        table = reliability(prob, label, bins)
+        keep = table["count"] > 0
+        low, high = wilson(table["label"][keep], table["count"][keep])
+        series[name] = (table["prob"][keep], table["label"][keep], low, high)
+    top = draw.lines(series, title="reliability", xlabel="probability", ylabel="share of roadwork", size=(640, 420))
+    return draw.sheet([top, draw.hist({"before": before, "after": after}, bins, xlabel="probability", size=(640, 240))],
+                      columns=1)
+
+
+def risk_coverage(prob, label, threshold, operating=None):
+    """Error among the most confident share of samples; operating: (coverage, risk) of the policy."""
+    confidence, wrong = np.maximum(prob, 1 - prob), (prob >= threshold) != label
+    order = np.argsort(-confidence, kind="stable")
+    n = np.arange(1, len(prob) + 1)
+    series = {"error of the accepted": (n / len(n), np.cumsum(wrong[order]) / n)}
+    if operating:
+        series["policy"] = ([operating[0]], [operating[1]])
+    return draw.lines(series, title="risk and coverage", xlabel="share accepted", ylabel="error rate")
+
+
+def mcc_curve(curve, threshold, value):
+    """MCC against threshold with the chosen one marked, and the four counts beside it."""
+    t = curve.threshold
+    line = lambda low, high: ([threshold, threshold], [low, high])
+    left = draw.lines({"MCC": (t, curve.mcc), f"best {value:.4f} at {threshold:.4f}": line(min(curve.mcc.min(), 0), value)},
+                      title="MCC", xlabel="threshold", ylabel="MCC", size=(600, 420))
+    top = max(c.max() for c in (curve.tp, curve.tn, curve.fp, curve.fn))
+    right = draw.lines({"TP": (t, curve.tp), "TN": (t, curve.tn), "FP": (t, curve.fp), "FN": (t, curve.fn),
+                        "chosen": line(0, top)}, title="counts", xlabel="threshold", size=(600, 420))
+    return draw.sheet([left, right])

@@ -1,0 +1,199 @@
+"""The commands around a text-to-image model: prompts in, PNG files with their recipes out; look into weight
+files.
+
+No science here: pictures come from the script's generate(model, prompts, cfg, device, seeds, shape, ...).
+"""
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from common import captions, draw, memory, pictures, public, scenes
+from common.flags import UserError
+from common.safety import SafetyChecker
+from common.ckpt import save_weights
+from common.weights import Checkpoint
+
+RECIPE = ("model", "vae", "text", "prompt", "negative", "seed", "steps", "sample_steps", "shape", "sampler",
+          "grid",
+          "shift", "cfg", "guidance", "interval", "mimic", "phi", "init", "strength", "strength_mode", "mask",
+          "feather", "dtype", "quantise", "t5")
+
+
+def repeat(cfg):
+    """cfg with everything that --recipe IMAGE recorded; --model given by hand wins over the recorded one."""
+    kept = pictures.read_recipe(cfg.recipe)
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in kept.items() if k in RECIPE}
+    values["model"] = cfg.model or kept.get("model") or kept.get("run", "")
+    return dataclasses.replace(cfg, **values, count=1, prompts="")
+
+
+def shape_of(cfg, unit, default):
+    """(W, H) from --shape WxH, else of --init rounded down, else the default; multiples of unit or a
+    UserError."""
+    shape = (default, default)
+    if cfg.shape:
+        try:
+            w, h = (int(v) for v in cfg.shape.lower().split("x"))
+        except ValueError:
+            raise UserError(f"--shape {cfg.shape}: expected WxH, e.g. 512x768") from None
+        shape = w, h
+    elif cfg.init:
+        h, w = pictures.read_rgb(cfg.init).shape[:2]
+        shape = w // unit * unit, h // unit * unit
+    if min(shape) < unit or any(v % unit for v in shape):
+        near = "x".join(str(max(1, v // unit) * unit) for v in shape)
+        raise UserError(f"{shape[0]}x{shape[1]} does not divide into {unit}-pixel tokens; try --shape {near}")
+    return shape
+
+
+def jobs_of(cfg):
+    """[(prompt, seed)]: every prompt of --prompts or --prompt, --count seeds each."""
+    texts = [cfg.prompt]
+    if cfg.prompts:
+        try:
+            lines = Path(cfg.prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts {cfg.prompts}: {error}") from None
+        texts = [line.strip() for line in lines if line.strip()]
+        if not texts:
+            raise UserError(f"--prompts {cfg.prompts}: no line in it")
+    return [(text, cfg.seed + k) for text in texts for k in range(cfg.count)]
+
+
+def sample(cfg, model, generate, device):
+    """Every job to OUT/samples/NNNN.png, a grid when there are several, and what it cost; -> list of
+    pixels."""
+    if cfg.mask and not cfg.init:
+        raise UserError("--mask needs the picture it belongs to: --init PICTURE")
+    if not 0 <= cfg.strength <= 1:
+        raise UserError(f"--strength {cfg.strength} is outside [0, 1]")
+    shape = shape_of(cfg, model.vae.factor * model.net.patch, model.defaults["size"])
+    init = pictures.read_rgb(cfg.init, shape) if cfg.init else None
+    mask = pictures.read_mask(cfg.mask, shape) if cfg.mask else None
+    checker = SafetyChecker.load(cfg.safety) if cfg.safety else None
+    if checker is None and model.family != "own":
+        print("no safety model loaded; give its folder with --safety", file=sys.stderr)
+    facts = dict(torch=torch.__version__, run=str(Path(cfg.out)), sha256=weights_hash(cfg),
+                 defaults={k: str(v) for k, v in model.defaults.items()})
+    jobs, folder, made, began, ledger = jobs_of(cfg), Path(cfg.out,
+                                                           "samples"), [], time.time(), memory.Residency()
+    for at in range(0, len(jobs), cfg.at_once):
+        part = jobs[at:at + cfg.at_once]
+
+        def preview(step, pixels, at=at):
+            for k, p in enumerate(pixels):
+                pictures.save_png(folder / f"{at + k:04d}-step{step:03d}.png", p, dict(step=step))
+        pixels = generate(model, [t for t, _ in part], cfg, device, [s for _, s in part], shape, init, mask,
+                          preview,
+                          ledger)
+        for k, ((text, seed), p) in enumerate(zip(part, pixels)):
+            recipe = {name: getattr(cfg, name) for name in RECIPE} | facts | dict(prompt=text, seed=seed)
+            path, flag = folder / f"{at + k:04d}.png", ""
+            if checker:
+                recipe["safety"], = checker.scores([p], cfg.safety_offset)
+                if recipe["safety"]["flagged"]:
+                    p, flag = pictures.block(p, cfg.safety_action), f"  FLAGGED ({cfg.safety_action})"
+            pictures.save_png(path, p, recipe)
+            made.append(p)
+            print(f"{path}  seed {seed}  {text}{flag}")
+    if len(made) > 1:
+        draw.save(draw.grid(made, scale=max(1, 96 // made[0].shape[0])), folder / "grid.png")
+    ledger.peak = max(ledger.peak, getattr(model.encode, "ledger", ledger).peak)
+    print(f"{len(made)} pictures in {time.time() - began:.1f} s; peak memory {memory.peak_gb(device):.2f} GB"
+          + (f", offloaded weights on the device at most {ledger.peak / 1e6:.1f} MB" if ledger.peak else ""))
+    return made
+
+
+def weights_hash(cfg):
+    path = Path(cfg.model or cfg.out)
+    inside = (path / "ema.safetensors", path / "transformer", path)
+    return Checkpoint.open(next(p for p in inside if p.exists())).sha256()
+
+
+# --- looking into weights and shapes -------------------------------------
+
+
+def inspect(cfg):
+    """What a file or folder holds, without loading it."""
+    if not cfg.model:
+        raise UserError("inspect needs --model FILE or FOLDER")
+    print(public.describe(cfg.model))
+
+
+def quantise(cfg, DiT, positions):
+    """Store a public transformer in 8 bits: OUT/transformer-KIND.safetensors; says its size and error."""
+    if not (cfg.model and cfg.quantise):
+        raise UserError("quantise needs --model TRANSFORMER and --quantise int8 or fp8")
+    part = Path(cfg.model, "transformer") if Path(cfg.model, "transformer").is_dir() else Path(cfg.model)
+    _, net, _ = public.open_transformer(part, DiT, positions, torch.float32)
+    before, errors = memory.size_bytes(net), []
+    for linear in [m for m in net.modules() if type(m) is nn.Linear and m.weight.numel() >= memory.LEAST]:
+        stored = memory.QLinear.of(linear, cfg.quantise).weight
+        errors.append(float((stored - linear.weight).norm() / linear.weight.norm().clamp(min=1e-12)))
+    memory.quantise(net, cfg.quantise, skip=public.KEEP)
+    path = Path(cfg.out, f"transformer-{cfg.quantise}.safetensors")
+    save_weights(path, net.state_dict(), dict(kind=cfg.quantise))
+    print(f"{path}: {before / 1e6:.1f} -> {memory.size_bytes(net) / 1e6:.1f} MB, "
+          f"weight error median {100 * float(np.median(errors)):.2f} %")
+
+
+def trace(modules, forward):
+    """Shapes that flow through named modules during forward(): prints a table -> [(name, class, in, out)]."""
+    rows, handles = [], []
+
+    def note(name):
+        def hook(module, inputs, out):
+            out = out[0] if isinstance(out, tuple) else out
+            rows.append((name, type(module).__name__, list(inputs[0].shape), list(out.shape)))
+        return hook
+    for name, module in modules.items():
+        handles.append(module.register_forward_hook(note(name)))
+    with torch.no_grad():
+        forward()
+    for handle in handles:
+        handle.remove()
+    for name, kind, given, out in rows:
+        print(f"{name:<20}{kind:<16}{str(given):<20} -> {out}")
+    return rows
+
+
+def shapes(cfg, net, vae):
+    """The table of a model trained here: encode a picture, run the transformer, decode."""
+    d = net.dit
+    parts = {"vae encoder": vae.encoder, "caption": net.text, "patches": d.x_embedder["proj"],
+             "time": d.t_embedder, "block 0 attention": d.blocks[0].attn, "block 0": d.blocks[0],
+             "final layer": d.final_layer, "transformer": d, "vae decoder": vae.decoder}
+
+    def forward():
+        z, _ = vae.encode(torch.zeros(1, 3, cfg.size, cfg.size))
+        vae.decode(net(z, torch.zeros(1), torch.ones(1, cfg.text_len, dtype=torch.long)))
+    return trace(parts, forward)
+
+
+def noise_strip(cfg, alpha_bar, shift, times=8):
+    """Forward diffusion as pictures: a row a schedule, a column a time, and half the log-SNR of each as
+    curves."""
+    caption = "a large red circle left of a small blue square"
+    image = pictures.read_rgb(cfg.init, (96, 96)) if cfg.init else scenes.draw(caption, 0, 96)
+    x0 = captions.to_images(image[None])[0].permute(1, 2, 0).numpy()
+    noise = np.random.default_rng(cfg.seed).standard_normal(x0.shape)
+    rows, curves, u, fine = [], {}, np.linspace(0, 1, times), np.linspace(0.01, 0.99, 99)
+    for name in ("linear", "scaled_linear", "cosine"):
+        abar = alpha_bar(name).numpy()
+        some = abar[(u * 999).round().astype(int)]
+        rows += [p * x0 + q * noise for p, q in zip(some**0.5, (1 - some) ** 0.5)]
+        curves[name] = fine, 0.5 * np.log(abar / (1 - abar))[(fine * 999).round().astype(int)]
+    for k in (1.0, 3.0):
+        rows += [(1 - s) * x0 + s * noise for s in shift(u, k)]
+        curves[f"flow, shift {k:g}"] = fine, np.log(1 / shift(fine, k) - 1)
+    strip = draw.grid([((r.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8) for r in rows], columns=times)
+    plot = draw.lines(curves, title="half log-SNR", xlabel="time", ylabel="ln(alpha / sigma)")
+    path = Path(cfg.out, "noise.png")
+    draw.save(draw.sheet({"rows: " + ", ".join(curves): strip, "": plot}, columns=1), path)
+    print(path)
+    return rows

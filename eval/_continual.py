@@ -1,0 +1,75 @@
+"""Continual learning on generated domains: what training on the next one does to those before."""
+
+import copy
+
+import numpy as np
+import torch
+
+import hope_lm
+from common.text import Text, rng
+
+
+def domains(seed=0, size=20_000):
+    """Five generated streams that share an alphabet and little else: name -> text."""
+    d = rng(seed, 5)
+    words = "river stone quiet morning garden letter winter bread music window silver harbour story".split()
+    people = ("Ann", "Ben", "Cleo", "Dan")
+
+    def brackets(depth=0):
+        return "".join(a + (brackets(depth + 1) if depth < 4 and d.random() < 0.6 else "") + b
+                       for a, b in (("()", "[]", "{}")[d.integers(3)] for _ in range(d.integers(1, 3))))
+    make = dict(prose=lambda: "The " + " ".join(d.choice(words, 7)) + ". ",
+                code=lambda: f"def {d.choice(words)}(x):\n    return x + {d.integers(100)}\n",
+                dialogue=lambda: f"{d.choice(people)}: is the {d.choice(words)} near the {d.choice(words)}?\n",
+                arithmetic=lambda: (lambda a, b: f"{a}+{b}={a + b}\n")(int(d.integers(50)), int(d.integers(50))),
+                brackets=lambda: brackets() + "\n")
+    texts = {}
+    for name, one in make.items():
+        texts[name] = ""
+        while len(texts[name]) < size:
+            texts[name] += one()
+    return texts
+
+
+def continual(net, bpe, length, steps, batch=4, lr=1e-3, seed=0):
+    """Train a copy of the net through the domains in turn -> loss matrices a[i][j] (domain i after training through j).
+
+    "on": fast weights learn while scoring; "off": their gates are shut.  Forgetting is final minus best loss.
+    """
+    net = copy.deepcopy(net).train()
+    texts, matrices = domains(seed), dict(on=[], off=[])
+    streams = {k: Text([t], bpe) for k, t in texts.items()}
+    opt = torch.optim.AdamW(net.parameters(), lr=lr)
+    objective = hope_lm.Objective(net)
+    for j, (name, stream) in enumerate(streams.items()):
+        for step in range(steps):
+            loss = objective(*hope_lm.pairs(stream.batch((seed, j, step), range(batch), length), "cpu"))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            opt.step()
+            opt.zero_grad()
+        for key, threshold in (("on", net.cfg.surprise_threshold), ("off", 1e9)):
+            with torch.no_grad(), gates(net, threshold):
+                matrices[key].append([float(objective(*hope_lm.pairs(s.validation(length)[:8], "cpu"))) for s in streams.values()])
+    found = dict(domains=list(streams), steps=steps)
+    for key, after in matrices.items():
+        a = np.array(after).T
+        found[key] = dict(matrix=a.tolist(), mean_final=float(a[:, -1].mean()), forgetting=(a[:, -1] - a.min(1)).tolist(),
+                          backward_transfer=float(np.mean([a[i, i] - a[i, -1] for i in range(len(a) - 1)])))
+    return found
+
+
+class gates:
+    """Within: every Memory's surprise threshold is `threshold`."""
+
+    def __init__(self, net, threshold):
+        self.memories, self.threshold = [m for m in net.modules() if isinstance(m, hope_lm.Memory)], threshold
+
+    def __enter__(self):
+        self.old = [m.rule for m in self.memories]
+        for m in self.memories:
+            m.rule = m.rule._replace(threshold=self.threshold)
+
+    def __exit__(self, *_):
+        for m, rule in zip(self.memories, self.old):
+            m.rule = rule

@@ -1,0 +1,1091 @@
+"""HOPE and Titans language models: memories that are trained by the sequence they read.
+
+Idea        A memory is a small MLP whose weights move inside the sequence, one gradient step a token, to map keys to
+            values; the model around it is trained through those steps. HOPE lets memories produce their own keys,
+            values, step sizes and targets, and follows them with MLPs that change at several slower clocks (CMS).
+Paper       Nested Learning, arXiv:2512.24695 (HOPE, equations NL n); Titans, arXiv:2501.00663 (equations T n)
+Reproduces  nothing at paper scale: that needs 30-100 B tokens.  Measured here: docs/hope.md
+Run         1 CPU   python hope_lm.py --preset smoke                  20 s, loss falls
+            1 CPU   python hope_lm.py --preset tiny --data ../shared/data/tinyshakespeare
+            1 GPU   python hope_lm.py --preset pilot --data shards
+            8 GPUs  torchrun --nproc_per_node=8 hope_lm.py --preset target --shard fsdp2 --data shards
+Differs     head-wise memories (one small MLP a head) instead of full-width ones; values and memory inputs are
+            l2-normalised (unnormalised ones diverge); gradients are 1/2|.|^2 everywhere; docs/hope.md has the list
+
+B sequences  T tokens  D width  H heads  M memories  C tokens of a chunk  K head width  O, I out, in  V vocabulary
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from common import corpus, optim, run, sidecar, text
+from common.blocks import (Attention, Conv, DeltaNet, RMSNorm, SwiGLU, cut, detached, glue,
+                           inverse_softplus, linear, log_sigmoid, nll, pieces, rates, rope, unit)
+from common.run import opt
+from common.scan import chunk_rule, decays, read, write
+from common.synthetic import Task
+from common.text import BPE
+
+# --- config ----------------------------------------------------------------------------------------
+
+VARIANTS = ("hope", "hope_attention", "lmm", "mac", "mag", "mal", "gated_deltanet", "deltanet", "swa", "full")
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = opt("", "named settings, listed below")
+    variant: str = opt("hope", "sequence mixer; full is Transformer++", VARIANTS)
+    width: int = opt(256, "D")
+    depth: int = opt(4, "blocks")
+    heads: int = opt(4, "heads; each has its own memories of width D / heads")
+    vocab: int = opt(256, "tokens; 256: bytes")
+    params: int = opt(0, "size the feed-forward so that the model has this many parameters; 0: by --cms-mult")
+    window: int = opt(64, "sliding attention: tokens visible")
+    persistent: int = opt(4, "learned tokens that Titans and sliding attention always see")
+    conv: int = opt(4, "taps of the causal convolution")
+    chunk: int = opt(64, "tokens a write of the main memory (also MAC's segment and DeltaNet's block)")
+    chunk_self: int = opt(64, "tokens a write of the memories that make k, v, eta, alpha")
+    memory_width: float = opt(1.0, "hidden width of a memory over the head width")
+    memory_depth: int = opt(2, "layers of a memory; 1: linear")
+    adapt: str = opt("kvg", "HOPE: which of q, k, v, g (gates) are self-modified; empty: none")
+    inner: str = opt("paper", "inner rule; paper: dgd_momentum in HOPE, momentum in Titans, gd in CMS",
+                     ("paper", "gd", "momentum", "dgd", "dgd_momentum", "delta_momentum", "dmgd"))
+    normal: str = opt("proximal", "inner step: eta/(1+eta|x|^2), eta/|x|^2 (eigenvalues to -1), or eta",
+                      ("proximal", "unit", "none"))
+    eta: float = opt(0.1, "inner step size at the start of training")
+    inner_clip: float = opt(1.0, "cap of a token's inner gradient norm; 0: none")
+    boundary: bool = opt(False, "read memories at the chunk's start (NL 90), not at each token")
+    cms_levels: int = opt(4, "K; 0: a SwiGLU instead")
+    cms_wiring: str = opt("sequential", "", ("sequential", "nested", "headwise"))
+    cms: str = opt("outer", "what moves the levels: the optimizer's clock, the context, or (frozen) every step",
+                   ("outer", "context", "frozen"))
+    cms_mult: float = opt(4.0, "hidden width of a CMS level over D")
+    periods: tuple = opt((8, 32, 128, 512), "context clock: tokens a move, fastest first")
+    outer_periods: tuple = opt((1, 1, 2, 4), "outer clock: optimizer steps a move")
+    cms_lr: float = opt(3e-4, "context clock: inner step size")
+    through_writes: bool = opt(True, "context clock: gradients flow through the writes; off: first order")
+    teach: str = opt("layer", "teach signal: true gradient at each level, or the head's for all", ("layer", "global"))
+    teach_scale: float = opt(0.1, "factor on the teach signal")
+    teach_clip: float = opt(5.0, "cap of its norm per token; 0: none")
+    surprise: str = opt("loss", "what the CMS gate weighs", ("loss", "delta", "entropy"))
+    surprise_threshold: float = opt(0.0, "no write below this surprise (nats a token, or |M(k)-v|); 0: no gate")
+    decay: bool = opt(True, "memories forget; off is the ablation")
+    remat: str = opt("none", "recompute activations in backward", ("none", "block", "chunk"))
+    hidden_width: int = opt(0, "feed-forward hidden width; 0: from --cms-mult (CMS) or 8/3 D (SwiGLU)")
+    # data
+    data: str = opt("", "shard folder, text file or folder of text; empty: the Python standard library's sources")
+    tokenizer: str = opt("", "tokenizer.json for raw text; empty: bytes")
+    task: str = opt("text", "or a synthetic task with answers to score", ("text", "parity", "aa", "recall"))
+    length: int = opt(512, "tokens of a row, T")
+    curriculum: tuple = opt((), "lengths in equal shares of the run, e.g. 2048,4096,8192; tokens a step stay constant")
+    batch: int = opt(8, "rows of --length a step, all ranks together")
+    micro: int = opt(0, "rows of --length in one forward pass of one rank; 0: all")
+    # optimization
+    steps: int = opt(1000, "optimizer steps")
+    optimizer: str = opt("muon", "muon: Muon hybrid; adamw: fused on CUDA; m3", ("muon", "adamw", "m3"))
+    lr: float = opt(2e-3, "peak AdamW rate")
+    matrix_lr: float = opt(0.02, "peak Muon rate (spectral units); M3's too")
+    weight_decay: float = opt(0.1, "on matrices")
+    warmup: float = opt(0.02, "share of the steps; cosine to a tenth after it")
+    clip: float = opt(1.0, "gradient norm")
+    teach_warmup: float = opt(0.01, "share of the steps over which the teach signal rises")
+    teach_decay: float = opt(0.14, "share at the end over which it falls to 0")
+    shard: str = opt("ddp", "what ranks share: nothing, optimizer state, or weights", ("ddp", "zero1", "fsdp2"))
+    bf16: bool = opt(True, "bfloat16 autocast where the GPU has it; memories stay float32")
+    compile: bool = opt(False, "torch.compile the chunk body")
+    # run
+    seed: int = opt(0, "seed of weights and data order")
+    device: str = opt("auto", "auto, cpu, cuda or mps")
+    out: str = opt("", "run directory")
+    wandb: str = opt("", "W&B project")
+    json: bool = opt(False, "plan: one JSON object")
+    log_every: int = opt(10, "steps")
+    eval_every: int = opt(100, "steps")
+    eval_rows: int = opt(32, "validation rows in a training-time evaluation")
+    save_every: int = opt(200, "steps")
+    # commands
+    words: tuple = opt((), "words after the command", positional=True, free=True)
+    prompt: str = opt("def ", "sample: text to continue", free=True)
+    tokens: int = opt(200, "sample: tokens to write", free=True)
+    temperature: float = opt(0.8, "sample: 0 takes the likeliest", free=True)
+    seeds: int = opt(3, "ablate: seeds an arm", free=True)
+    eval_length: int = opt(0, "evaluate: tokens of a row; 0: as trained", free=True)
+    min_english: float = opt(0.85, "corpus: smallest P(English)", free=True)
+    strict: bool = opt(False, "verify: config, tokenizer, data and RNG too", free=True)
+
+    @property
+    def levels(self):
+        return self.cms_levels if self.variant.startswith("hope") else 0
+
+    @property
+    def out_std(self):
+        return 0.02 / math.sqrt(2 * self.depth)
+
+    @property
+    def hidden(self):
+        return self.hidden_width or (int(self.cms_mult * self.width) if self.levels else 8 * round(self.width / 3))
+
+
+PAPER13 = "NL table 2, 1.3 B / 100 B tokens"
+PRESETS = {
+    "smoke": dict(paper="-", set=dict(width=32, depth=2, heads=2, length=64, batch=4, steps=20, chunk=16, chunk_self=16,
+                                      eval_every=10, eval_rows=4, save_every=10, log_every=5)),
+    "tiny": dict(paper="-", set=dict(width=192, depth=4, heads=3, params=4_000_000, length=256, batch=16, steps=1500, chunk=32,
+                                     chunk_self=32, cms_levels=2)),
+    "cms_sparse": dict(paper="sparse-chunk ablation, below 49 GB", set=dict(
+        width=384, depth=8, heads=6, vocab=32_000, length=1024, batch=2, cms="context", through_writes=False,
+        optimizer="adamw", lr=2.5e-4, steps=5000)),
+    "pilot": dict(paper="160 M / 3 B tokens; no published row", set=dict(
+        width=512, depth=12, heads=8, vocab=32_000, params=160_000_000, length=2048, batch=256, micro=4, steps=5_700,
+        surprise_threshold=0.02, warmup=0.01, lr=1e-3, seed=1337, save_every=500)),
+    "mid": dict(paper="NL table 2, 760 M / 30 B tokens", expect=dict(wiki_ppl=18.68, mean_acc=52.28), set=dict(
+        width=1024, depth=24, heads=16, vocab=32_000, params=760_000_000, length=4096, batch=128, micro=2, steps=57_000,
+        warmup=0.01, lr=6e-4, remat="block", shard="zero1", compile=True, seed=808, save_every=500)),
+    "target": dict(paper=PAPER13, expect=dict(wiki_ppl=14.39, mean_acc=58.04), set=dict(
+        width=1536, depth=32, heads=24, vocab=32_000, params=1_300_000_000, length=8192, curriculum=(2048, 4096, 8192),
+        batch=64, micro=1, steps=190_000, warmup=0.01, lr=4e-4, remat="block", shard="fsdp2", compile=True,
+        seed=9001, save_every=500)),
+}
+
+
+# --- memory: an MLP whose weights are the state ----------------------------------------------------
+
+
+def recall(Ws, z):
+    """W_n s(... s(W_1 z)), s = SiLU -> (outputs W x of each layer, its inputs x, slopes s' between them)."""
+    outputs, inputs, slopes, x = [], [z], [], z
+    for W in Ws[:-1]:
+        outputs.append(x @ W.mT)
+        gate = torch.sigmoid(outputs[-1])
+        x = outputs[-1] * gate
+        slopes.append(torch.addcmul(gate, x, 1 - gate))
+        inputs.append(x)
+    return [*outputs, x @ Ws[-1].mT], inputs, slopes
+
+
+def answer(Ws, z, residual):
+    """M(z) = [z +] W_n s(... s(W_1 z))."""
+    y = recall(Ws, z)[0][-1]
+    return z + y if residual else y
+
+
+def surprise(Ws, slopes, error):
+    """Gradient rows of 1/2 |M(k) - v|^2 at each layer's output, by hand: error = M(k) - v at the last."""
+    rows = [error]
+    for W, slope in zip(reversed(Ws[1:]), reversed(slopes)):
+        rows.insert(0, (rows[0] @ W) * slope)
+    return rows
+
+
+class Rule(NamedTuple):
+    """How a memory learns.  delta: DGD (NL 57-88), else gradient descent; clip: cap of a token's gradient norm."""
+    delta: bool = True
+    momentum: bool = True
+    kind: str = "scan"              # scan: exact per token; delta_momentum, dmgd: once a chunk (NL 49, 50)
+    normal: str = "proximal"        # step eta/(1+eta|x|^2), exact minimiser; "unit" eta/|x|^2; "none" eta
+    clip: float = 1.0
+    threshold: float = 0.0          # surprise gate: no write when the chunk's mean |M(k) - v| is below
+    before: bool = False            # tokens read the state before their own write (NL 86), else after it (T 15)
+    boundary: bool = False          # tokens read the state at the chunk's start (NL 90)
+
+
+def learn(Ws, Ss, k, v, eta, log_keep, log_mom, q, rule, residual, own_target):
+    """One chunk of a memory's life -> (Ws, Ss, M(q) rows or None, gate [..., 1]: did this chunk write).
+
+    Ws: list of [B,H,M,O,I]; k, v, q: [B,H,1,C,K]; eta, log_keep, log_mom: [B,H,1,C] (log_mom None: no momentum).
+    own_target: the memory regresses on M(v) at the chunk's start (NL 84) instead of v.  All gradients stand at
+    the chunk's first weights (NL 90).
+    """
+    Wk, inputs, slopes = recall(Ws, k)
+    target = recall(Ws, v)[0][-1] if own_target else v
+    error = Wk[-1] - target
+    if residual:
+        error = error + (k - v if own_target else k)
+    gate = (error.detach().norm(dim=-1).mean(-1, keepdim=True) >= rule.threshold).to(error.dtype)
+    eta = eta * gate if rule.threshold else eta
+    grads = surprise(Ws, slopes, error)
+    if rule.kind != "scan":
+        out = answer(Ws, q, residual) if q is not None else None
+        moved = [chunk_rule(rule.kind, W, S, (eta[..., None] * g).mT @ x, log_keep.sum(-1).exp(), log_mom)
+                 for W, S, g, x in zip(Ws, Ss, grads, inputs)]
+        return [m[0] for m in moved], [m[1] for m in moved], out, gate
+    now, before, tail = decays(log_keep, log_mom)
+    at = before if rule.before else now
+    W_new, S_new, h = [], [], q
+    for W, S, g, x, Wx in zip(Ws, Ss, grads, inputs, Wk):
+        size = x.square().sum(-1)
+        step = {"proximal": lambda: eta / (1 + eta * size), "unit": lambda: eta / size.clamp(min=1e-4),
+                "none": lambda: eta.expand_as(size)}[rule.normal]()
+        if rule.clip:
+            g = g * (rule.clip * torch.rsqrt((g.square().sum(-1) * size).clamp(min=rule.clip**2)))[..., None]
+        w = -step[..., None] * g
+        W_end, S_end, u = write(W, S, x, w, step if rule.delta else None, now, before, tail, Wx)
+        W_new.append(W_end)
+        S_new.append(S_end)
+        if q is not None and not rule.boundary:
+            h = read(W, S, x, w, u, h if W is Ws[0] else F.silu(h), at)
+    if q is not None:
+        h = answer(Ws, q, residual) if rule.boundary else (q + h if residual else h)
+    return W_new, S_new, h, gate
+
+
+class Memory(nn.Module):
+    """`count` MLP memories a head.  The parameters are initial states: the outer loop learns where to start.
+
+    A state is (Ws, Ss, rows of the unfinished chunk, [gates open, gates seen]); start() makes a fresh one.
+    """
+
+    def __init__(self, cfg, chunk, rule, count=1, scalar=False, residual=True, own_target=True):
+        super().__init__()
+        K = cfg.width // cfg.heads
+        hidden = max(1, int(cfg.memory_width * K) // (4 if scalar else 1))  # a scalar needs fewer features
+        sizes = [K] + [hidden] * (cfg.memory_depth - 1) + [1 if scalar else K]
+        self.chunk, self.rule, self.residual, self.own_target = chunk, rule, residual, own_target
+        self.layers = nn.ParameterList(torch.randn(cfg.heads, count, o, i) for i, o in zip(sizes, sizes[1:]))
+        with torch.no_grad():                       # keys are unit vectors: unit rows keep s() in its range
+            for W in self.layers[:-1]:
+                W.mul_(0.5)
+            self.layers[-1].mul_(0.02)              # near the identity (residual) or near zero
+        self.remat, self.body = cfg.remat == "chunk", learn
+
+    def start(self, B):
+        Ws = [(W if W.dtype == torch.float64 else W.float()).expand(B, *W.shape) for W in self.layers]
+        return Ws, [None] * len(Ws), None, [0.0, 0]
+
+    def recall(self, state, z):
+        return answer(state[0], z, self.residual)
+
+    def room(self, state):
+        """Tokens until the next write."""
+        return self.chunk - (0 if state[2] is None else state[2][1].shape[-2])
+
+    def scan(self, state, *rows):
+        """Take rows (q or None, k, v, eta, log_keep, log_mom or None) of any length -> (M(q) rows or None, state)."""
+        Ws, Ss, held, gates = state
+        new = rows[1].shape[-2]
+        if held is not None:
+            rows = [None if r is None else torch.cat([h, r], 3) for h, r in zip(held, rows)]
+        outs, held = [], None
+        for part in zip(*(itertools.repeat(None) if r is None else r.split(self.chunk, 3) for r in rows)):
+            whole = part[1].shape[3] == self.chunk
+            if whole or rows[0] is not None:
+                W_new, S_new, out, gate = self._chunk(Ws, Ss, part)
+                outs.append(out)
+            if whole:
+                Ws, Ss, gates = W_new, S_new, [gates[0] + gate.mean(), gates[1] + 1]
+            else:
+                held = part
+        out = torch.cat(outs, 3)[..., -new:, :] if rows[0] is not None else None
+        return out, (Ws, Ss, held, gates)
+
+    def flush(self, state):
+        """Write the unfinished chunk too: the end of a context that is to be remembered."""
+        Ws, Ss, held, gates = state
+        if held is None:
+            return state
+        Ws, Ss, _, gate = self._chunk(Ws, Ss, [None, *held[1:]])
+        return Ws, Ss, None, [gates[0] + gate.mean(), gates[1] + 1]
+
+    def _chunk(self, Ws, Ss, part):
+        q, k, v, eta, log_keep, log_mom = part
+        args = (Ws, Ss, k, v, eta, log_keep, log_mom, q, self.rule, self.residual, self.own_target)
+        return checkpoint(self.body, *args, use_reentrant=False) if self.remat and self.training else self.body(*args)
+
+
+# --- model: sequence mixers ------------------------------------------------------------------------
+#
+# Every mixer maps (x [B,T,D], state dict) -> (y [B,T,D], state dict).  An empty state is a fresh context, a returned
+# one continues it: training, scoring, sampling and memorising are the same forward pass.
+
+
+def inner_rule(cfg, paper, before=False):
+    """--inner as a Rule; `paper` is the rule of the variant's own paper."""
+    name = paper if cfg.inner == "paper" else cfg.inner
+    return Rule(delta="dgd" in name, momentum="momentum" in name or name == "dmgd",
+                kind=name if name in ("delta_momentum", "dmgd") else "scan", normal=cfg.normal, clip=cfg.inner_clip,
+                threshold=cfg.surprise_threshold, before=before, boundary=cfg.boundary)
+
+
+class Titans(nn.Module):
+    """Titans (LMM): fixed projections make q, k, v; M learns M(k) = v with momentum and forgetting (T 9-15)."""
+
+    def __init__(self, cfg, persistent, gate=True):
+        super().__init__()
+        D, H = cfg.width, cfg.heads
+        self.heads, self.decay = H, float(cfg.decay)        # 0: nothing is forgotten, the ablation
+        self.qkv, self.conv, self.rate = linear(D, 3 * D), Conv(3 * D, cfg.conv), linear(D, 3 * H)
+        self.open, self.norm, self.out = linear(D, D) if gate else None, RMSNorm(D // H), linear(D, D, cfg.out_std)
+        self.bias = nn.Parameter(torch.tensor([inverse_softplus(cfg.eta), 4.5, 0.0])[:, None, None].repeat(1, H, 1))
+        self.persistent = nn.Parameter(torch.randn(persistent, D) * 0.02) if persistent else None
+        self.memory = Memory(cfg, cfg.chunk, inner_rule(cfg, "momentum"), residual=False, own_target=False)
+
+    def scan(self, x, state):
+        """Write x into the memory and read it back, token by token -> ([B, T, D], state)."""
+        c, tail = self.conv(self.qkv(x), state.get("tail"))
+        q, k, v = (cut(p, self.heads) for p in F.silu(c).chunk(3, -1))
+        theta, keep, mom = (r + b[:, None] for r, b in zip(rates(self.rate, x, 3), self.bias))
+        with torch.autocast(x.device.type, enabled=False):
+            memory = state["memory"] if "memory" in state else self.memory.start(len(x))
+            o, memory = self.memory.scan(memory, unit(q), unit(k), v, F.softplus(theta), log_sigmoid(keep) * self.decay,
+                                         log_sigmoid(mom) if self.memory.rule.momentum else None)
+        return glue(self.norm(o)).to(x.dtype), dict(tail=tail, memory=memory)
+
+    def forward(self, x, state):
+        n = 0
+        if not state and self.persistent is not None:       # the fixed tokens [P; x] enter the memory first
+            x, n = torch.cat([self.persistent.to(x.dtype).expand(len(x), -1, -1), x], 1), len(self.persistent)
+        y, state = self.scan(x, state)
+        return self.out(y[:, n:] * F.silu(self.open(x[:, n:]))), state
+
+
+class MAC(nn.Module):
+    """Memory as context: attention over [P; M(s W_Q); s] inside a segment, then y * M(y) after writing y (T 21-25)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        D = cfg.width
+        self.heads = cfg.heads
+        self.qkv, self.query = linear(D, 3 * D), linear(D, D)
+        self.persistent = nn.Parameter(torch.randn(cfg.persistent, D) * 0.02)
+        self.core = Titans(cfg, 0, gate=False)
+
+    def forward(self, x, state):
+        memory, outs, lo = self.core.memory, [], 0
+        core = state.get("core") or dict(tail=None, memory=memory.start(len(x)))
+        cache = state.get("cache")
+        while lo < x.shape[1]:                              # segments end where the memory writes
+            s = x[:, lo:lo + memory.room(core["memory"])]
+            with torch.autocast(x.device.type, enabled=False):
+                h = memory.recall(core["memory"], unit(cut(self.query(s), self.heads)))
+            y, cache = self._attend(s, glue(h).to(x.dtype), cache)
+            m, core = self.core.scan(y, core)
+            outs.append(self.core.out(y * m))
+            cache = None if memory.room(core["memory"]) == memory.chunk else cache
+            lo += s.shape[1]
+        return torch.cat(outs, 1), dict(core=core, cache=cache)
+
+    def _attend(self, s, h, cache):
+        """Token t of the segment sees P, h_1..t and s_1..t."""
+        B, n, D = s.shape
+        past = 0 if cache is None else cache[0].shape[2]
+        split = lambda part: part.view(B, part.shape[1], self.heads, -1).transpose(1, 2)  # noqa: E731
+        q, ks, vs = (split(p) for p in self.qkv(s).chunk(3, -1))
+        _, kh, vh = (split(p) for p in self.qkv(h).chunk(3, -1))
+        _, kp, vp = (split(p) for p in self.qkv(self.persistent.to(s.dtype).expand(B, -1, -1)).chunk(3, -1))
+        new = rope(ks, past), vs, rope(kh, past), vh
+        ks, vs, kh, vh = new if cache is None else (torch.cat(pair, 2) for pair in zip(cache, new))
+        causal = torch.ones(n, past + n, dtype=torch.bool, device=s.device).tril(past)
+        seen = torch.cat([causal.new_ones(n, kp.shape[2]), causal, causal], 1)
+        y = F.scaled_dot_product_attention(rope(q, past), torch.cat([kp, kh, ks], 2), torch.cat([vp, vh, vs], 2), seen)
+        return y.transpose(1, 2).reshape(B, n, D), (ks, vs, kh, vh)
+
+
+class MAG(nn.Module):
+    """Memory as gate: sliding-window attention and memory side by side, multiplied after norm and SiLU (T 26-28)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.attention, self.memory = sliding(cfg), Titans(cfg, cfg.persistent)
+        self.norms = nn.ModuleList([RMSNorm(cfg.width), RMSNorm(cfg.width)])
+        self.out = linear(cfg.width, cfg.width, cfg.out_std)
+
+    def forward(self, x, state):
+        y, a = self.attention(x, state.get("attention", {}))
+        m, b = self.memory(x, state.get("memory", {}))
+        return self.out(F.silu(self.norms[0](y)) * F.silu(self.norms[1](m))), dict(attention=a, memory=b)
+
+
+class MAL(nn.Module):
+    """Memory as layer: the memory first, sliding-window attention over what it returns (T 29-31)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.memory, self.norm = Titans(cfg, cfg.persistent), RMSNorm(cfg.width)
+        self.attention = sliding(cfg)
+
+    def forward(self, x, state):
+        m, b = self.memory(x, state.get("memory", {}))
+        y, a = self.attention(self.norm(x + m), state.get("attention", {}))
+        return m + y, dict(attention=a, memory=b)
+
+
+class Hope(nn.Module):
+    """Self-modifying Titans (NL 83-97): memories make k, v, eta, alpha, their own targets, and the answer.
+
+    --adapt names the maps that are memories: k, v, q and g (the gates eta and alpha); the rest stay slow.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        D, H = cfg.width, cfg.heads
+        self.heads, self.names = H, [n for n in "qkv" if n in cfg.adapt]
+        self.conv, self.mix = Conv(D, cfg.conv), linear(D, 3 * D)
+        rule = inner_rule(cfg, "dgd_momentum", before=True)
+        self.rate = linear(D, H, bias=True) if rule.momentum else None
+        self.maps = Memory(cfg, cfg.chunk_self, rule, count=len(self.names)) if self.names else None
+        self.gates, self.slow_gates = None, linear(D, 2 * H)
+        if "g" in cfg.adapt:
+            self.gates, self.slow_gates = Memory(cfg, cfg.chunk_self, rule, 2, scalar=True, residual=False), None
+        bias = torch.tensor([inverse_softplus(cfg.eta), 4.5])           # alpha starts at 0.99
+        self.bias = nn.Parameter(bias[:, None, None, None].repeat(1, H, 1, 1))
+        self.store = Memory(cfg, cfg.chunk, rule)
+        self.open, self.norm, self.out = linear(D, D), RMSNorm(D // H), linear(D, D, cfg.out_std)
+        self.range, self.decay = 2.0 if cfg.normal == "unit" else 0.0, float(cfg.decay)
+
+    def forward(self, x, state):
+        B, T = x.shape[:2]
+        c, tail = self.conv(x, state.get("tail"))
+        c = F.silu(c)
+        z = torch.cat([unit(cut(p, self.heads)) for p in self.mix(c).chunk(3, -1)], 2)      # [B,H,3,T,K]
+        log_mom = log_sigmoid(rates(self.rate, c, 1)[0]) if self.rate is not None else None
+        slow = None if self.slow_gates is None else torch.cat(rates(self.slow_gates, c, 2), 2)
+        with torch.autocast(x.device.type, enabled=False):
+            q, k, v, eta, log_keep, maps, gates = self._generate(z, slow, log_mom, state)
+            store = state["store"] if "store" in state else self.store.start(B)
+            o, store = self.store.scan(store, q, k, v, eta, log_keep, log_mom)
+        y = glue(self.norm(o)).to(x.dtype) * F.silu(self.open(c))
+        return self.out(y), dict(tail=tail, maps=maps, gates=gates, store=store)
+
+    def _generate(self, z, slow, log_mom, state):
+        """q, k, v, eta, log alpha of every token from the memories at their last boundary; then these learn too."""
+        B, T = z.shape[0], z.shape[3]
+        maps = state.get("maps") or (self.maps and self.maps.start(B))
+        gates = state.get("gates") or (self.gates and self.gates.start(B))
+        index, made, done = ["qkv".index(n) for n in self.names], [], 0
+        room = [m.room(s) for m, s in ((self.maps, maps), (self.gates, gates)) if m is not None]
+        sizes = pieces(T, min(room), self.maps.chunk if self.maps else self.gates.chunk) if room else [T]
+        cutting = [[None] * len(sizes) if t is None else t.split(sizes, 3) for t in (z, slow, log_mom)]
+        for part, raw, mom in zip(*cutting):
+            rows = dict(zip("qkv", part.split(1, 2)))
+            if maps is not None:
+                rows.update(zip(self.names, unit(self.maps.recall(maps, part[:, :, index])).split(1, 2)))
+            raw = raw if gates is None else self.gates.recall(gates, part[:, :, 1:2])[..., 0]
+            eta, keep = (r + b for r, b in zip(raw.split(1, 2), self.bias))
+            eta = self.range * torch.sigmoid(eta) if self.range else F.softplus(eta)
+            keep = log_sigmoid(keep) * self.decay
+            made.append((rows["q"], rows["k"], rows["v"], eta, keep))
+            if maps is not None:
+                maps = self.maps.scan(maps, None, rows["k"], rows["v"], eta, keep, mom)[1]
+            if gates is not None:
+                gates = self.gates.scan(gates, None, rows["k"], rows["v"], eta, keep, mom)[1]
+        return *(torch.cat(parts, 3) for parts in zip(*made)), maps, gates
+
+
+# --- model: feed-forward, blocks -------------------------------------------------------------------
+
+
+class CMS(nn.Module):
+    """Continuum memory: MLPs with slower and slower clocks (NL 70-74), fastest first.
+
+    outer and frozen: ordinary weights (`outer`: train() steps level i every outer_periods[i] steps).  context: every
+    sequence has its own copy, moved after each period tokens by the summed gradient of its own loss (teach()).
+    sequential: y <- y + f_i(norm y) along the chain; headwise: a learned sum; nested: sequential, and whenever a
+    slower level moves, the next faster one restarts from an initial state that moves at the slower clock.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        D, h = cfg.width, cfg.hidden
+        self.cfg, self.wiring, self.periods = cfg, cfg.cms_wiring, cfg.periods[:cfg.levels]
+        self.levels = nn.ModuleList(nn.ParameterList([torch.randn(h, D) * 0.02, torch.randn(D, h) * cfg.out_std])
+                                    for _ in range(cfg.levels))
+        self.mix = nn.Parameter(torch.ones(cfg.levels)) if self.wiring == "headwise" else None
+
+    def start(self, B):
+        """Fast weights of a fresh context: per level its weights, momenta, rows of the period, and (nested) its start."""
+        fresh = [[W.expand(B, *W.shape) for W in level] for level in self.levels]
+        return [dict(W=Ws, S=[None, None], start=Ws, rows=[], slow=[], updates=0) for Ws in fresh]
+
+    def forward(self, x, fast=None):
+        """-> y, taps: per level (input rows, output) of this call when there are fast weights to teach."""
+        taps, total = [], x
+        for i, level in enumerate(self.levels):
+            W_in, W_out = level if fast is None else (W.mT for W in fast[i]["W"])
+            n = F.rms_norm(x if self.mix is None else total, x.shape[-1:])
+            y = F.linear(F.silu(F.linear(n, W_in)), W_out) if fast is None else F.silu(n @ W_in) @ W_out
+            taps.append((n, y))
+            x = x + (y if self.mix is None else self.mix[i] * y)
+        return x, taps
+
+    def collect(self, fast, taps, deltas, surprise_B):
+        """Keep the (input, delta, surprise) rows of a segment that has been scored.
+
+        deltas: per level, gradient of the summed token loss at its output [B, n, D]; surprise_B: what the gate weighs.
+        """
+        return [dict(level, rows=level["rows"] + [(n, delta, surprise_B)])
+                for level, (n, _), delta in zip(fast, taps, deltas)]
+
+    def move(self, fast, end):
+        """Move every level whose period is over at token `end` (0: all of them) -> fast, (gates open, gates seen)."""
+        opened, seen, fast = 0.0, 0, [dict(level) for level in fast]
+        for i, level in enumerate(fast):
+            if end % self.periods[i] or not level["rows"]:
+                continue
+            gate = torch.stack([s for _, _, s in level["rows"]]).mean(0) >= self.cfg.surprise_threshold
+            opened, seen = opened + gate.float().mean(), seen + 1
+            x, delta = (torch.cat([row[j] for row in level["rows"]], 1) for j in (0, 1))
+            delta = delta * gate[:, None, None]
+            W, S = self._write(level["W"], level["S"], x, delta)
+            level.update(W=W, S=S, rows=[], updates=level["updates"] + 1)
+            if self.wiring == "nested" and i + 1 < len(fast):
+                level["slow"] = level["slow"] + [(x, delta)]
+                if end % self.periods[i + 1] == 0:          # the next slower level moves now too: restart below it
+                    x, delta = (torch.cat([row[j] for row in level["slow"]], 1) for j in (0, 1))
+                    start = self._write(level["start"], [None, None], x, delta)[0]
+                    level.update(W=start, S=[None, None], start=start, slow=[])
+        return fast, (opened, seen)
+
+    def _write(self, Ws, Ss, x, delta):
+        """One write of rows (x, delta) with the inner rule at keep = 1: W <- W - lr sum_t delta_t x_t^T (NL 71)."""
+        rule = inner_rule(self.cfg, "gd")
+        through = (lambda t: t) if self.cfg.through_writes else torch.Tensor.detach
+        _, inputs, slopes = recall([through(W) for W in Ws], through(x))
+        one, moved = x.new_zeros(x.shape[:2]), []
+        mom = one + math.log(0.9) if rule.momentum else None
+        for W, S, row, g in zip(Ws, Ss, inputs, surprise([through(W) for W in Ws], slopes, delta)):
+            eta = one + self.cfg.cms_lr
+            if rule.kind != "scan":
+                moved.append(chunk_rule(rule.kind, W, S, (eta[..., None] * g).mT @ row, one[:, 0] + 1, mom))
+                continue
+            step = eta / (1 + eta * row.square().sum(-1)) if rule.delta else eta
+            moved.append(write(W, S, row, -step[..., None] * g, step if rule.delta else None, *decays(one, mom))[:2])
+        return [W for W, _ in moved], [S for _, S in moved]
+
+
+def sliding(cfg):
+    return Attention(cfg.width, cfg.heads, cfg.out_std, cfg.window, cfg.persistent)
+
+
+MIXERS = dict(full=lambda cfg: Attention(cfg.width, cfg.heads, cfg.out_std), swa=sliding,
+              deltanet=lambda cfg: DeltaNet(cfg.width, cfg.heads, cfg.out_std, False, cfg.chunk, cfg.conv),
+              gated_deltanet=lambda cfg: DeltaNet(cfg.width, cfg.heads, cfg.out_std, True, cfg.chunk, cfg.conv),
+              lmm=lambda cfg: Titans(cfg, cfg.persistent), mac=MAC, mag=MAG, mal=MAL,
+              hope=Hope, hope_attention=lambda cfg: Attention(cfg.width, cfg.heads, cfg.out_std))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm, self.mixer = RMSNorm(cfg.width), MIXERS[cfg.variant](cfg)
+        self.cms = CMS(cfg) if cfg.levels else None
+        self.ffn_norm = None if cfg.levels else RMSNorm(cfg.width)
+        self.ffn = None if cfg.levels else SwiGLU(cfg.width, cfg.hidden, cfg.out_std)
+
+    def forward(self, x, state):
+        y, mixed = self.mixer(self.norm(x), state.get("mixer", {}))
+        x, fast, taps = x + y, state.get("fast"), None
+        if self.cms is not None:
+            x, taps = self.cms(x, fast)
+        else:
+            x = x + self.ffn(self.ffn_norm(x))
+        return x, dict(mixer=mixed, fast=fast, taps=taps if fast is not None else None)
+
+
+class LM(nn.Module):
+    """Embedding, blocks, norm, tied head.  net(tokens) -> logits; net(tokens, state) -> (logits, state)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, self.teach_scale = cfg, cfg.teach_scale
+        self.embed = nn.Parameter(torch.randn(cfg.vocab, cfg.width) * 0.02)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        self.norm = RMSNorm(cfg.width)
+
+    def fresh(self, B):
+        """A new context for B sequences: every memory at its initial state."""
+        fast = self.cfg.cms == "context" and self.cfg.levels > 0
+        return dict(at=0, blocks=[dict(fast=block.cms.start(B)) if fast else {} for block in self.blocks])
+
+    def forward(self, tokens_BT, state=None):
+        x, blocks, gates = F.embedding(tokens_BT, self.embed), [], []
+        for i, block in enumerate(self.blocks):
+            past = {} if state is None else state["blocks"][i]
+            again = self.cfg.remat == "block" and self.training
+            x, new = checkpoint(block, x, past, use_reentrant=False) if again else block(x, past)
+            blocks.append(new)
+        logits_BTV = F.linear(self.norm(x), self.embed)
+        if state is None:
+            self.gates = sum_gates(blocks)
+            return logits_BTV
+        return logits_BTV, dict(at=state["at"] + tokens_BT.shape[1], blocks=blocks)
+
+    def score(self, tokens_BT, target_BT, state=None):
+        """Loss in nats of every target (-1: none, 0 nats) -> (nll_BT, state, info).
+
+        Under --cms context the sequence is taken segment by segment; a segment is scored before the memories learn
+        from it.  state: continue a context (None: fresh).
+        """
+        if self.cfg.cms != "context" or not self.cfg.levels:
+            logits, state = (self(tokens_BT), None) if state is None else self(tokens_BT, state)
+            return nll(logits, target_BT), state, dict(gates=getattr(self, "gates", (0.0, 0)))
+        state, parts, lo, period = state or self.fresh(len(tokens_BT)), [], 0, min(self.cfg.periods[:self.cfg.levels])
+        info = dict(gates=[0.0, 0], teach=0.0)
+        while lo < tokens_BT.shape[1]:
+            at = slice(lo, lo + period - state["at"] % period)
+            grad = torch.is_grad_enabled()
+            with torch.enable_grad():
+                logits, state = self(tokens_BT[:, at], state)
+                part = nll(logits, target_BT[:, at])
+                state = self.teach(state, logits, target_BT[:, at], part, info)
+            if not grad:
+                state, part = detached(state), part.detach()
+            parts.append(part)
+            lo = at.stop
+        return torch.cat(parts, 1), state, info
+
+    def teach(self, state, logits, target, part, info):
+        """Hand each CMS level its teach signal: dL/d(level output), or the head's (softmax - onehot) W for all.
+
+        L sums over tokens: signal and gate do not depend on batch or length.  Clipped per token, then scaled.
+        """
+        cfg, blocks = self.cfg, state["blocks"]
+        ys = [y for block in blocks for _, y in block["taps"]]
+        if cfg.teach == "layer":
+            deltas = torch.autograd.grad(part.sum(), ys, retain_graph=True)
+        else:
+            deltas = [teach_signal(logits, target, self.embed)] * len(ys)
+        deltas = [self.teach_scale * d for d in deltas]
+        sizes = [d.norm(dim=-1, keepdim=True) for d in deltas]
+        if cfg.teach_clip:
+            deltas = [d * (cfg.teach_clip / n.clamp(min=cfg.teach_clip)) for d, n in zip(deltas, sizes)]
+        supervised = (target >= 0).sum(1).clamp(min=1)
+        how_surprising = dict(loss=lambda: part.detach().sum(1) / supervised,
+                              delta=lambda: torch.stack(sizes).mean((0, 2, 3)),
+                              entropy=lambda: torch.distributions.Categorical(logits=logits.detach()).entropy().mean(1))
+        surprise_B = how_surprising[cfg.surprise]()
+        info["teach"] = torch.stack(sizes).mean().detach()
+        moved, K = [], cfg.levels
+        for i, (block, module) in enumerate(zip(blocks, self.blocks)):
+            fast = module.cms.collect(block["fast"], block["taps"], deltas[i * K:(i + 1) * K], surprise_B)
+            fast, (opened, seen) = module.cms.move(fast, state["at"])
+            info["gates"] = [info["gates"][0] + opened, info["gates"][1] + seen]
+            moved.append(dict(block, fast=fast, taps=None))
+        return dict(state, blocks=moved)
+
+    def remember(self, state, paths=("titan", "cms")):
+        """What a context leaves behind: fast weights only (unfinished chunks written), no caches, no positions."""
+        blocks = []
+        for block, past in zip(self.blocks, state["blocks"]):
+            kept = dict(mixer=fast_weights(block.mixer, past["mixer"])) if "titan" in paths else {}
+            if past.get("fast") is not None:
+                fast = past["fast"]
+                kept["fast"] = block.cms.move(fast, 0)[0] if "cms" in paths else block.cms.start(len(fast[0]["W"][0]))
+            blocks.append(kept)
+        return dict(at=0, blocks=blocks)
+
+
+def fast_weights(module, state):
+    """The memory part of a mixer's state; a state's keys are the names of the mixer's parts."""
+    kept = {}
+    for key, value in state.items():
+        part = getattr(module, key, None)
+        if isinstance(part, Memory):
+            kept[key] = part.flush(value)
+        elif key == "memory" and torch.is_tensor(value):
+            kept[key] = value
+        elif isinstance(value, dict) and fast_weights(part, value):
+            kept[key] = fast_weights(part, value)
+    return kept
+
+
+def sum_gates(tree):
+    """(gates open, gates seen) over all Memory states in a tree of dicts."""
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    if isinstance(tree, tuple) and len(tree) == 4 and isinstance(tree[3], list):
+        return float(tree[3][0]), tree[3][1]
+    pairs = [sum_gates(t) for t in tree] if isinstance(tree, list) else []
+    return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
+
+
+def teach_signal(logits_BTV, target_BT, head_VD):
+    """dL/dh at the head's input for the summed cross entropy: (softmax(z) - onehot(y)) W, 0 where there is no target."""
+    p = logits_BTV.softmax(-1)
+    p = p - F.one_hot(target_BT.clamp(min=0), p.shape[-1])
+    return (p * (target_BT >= 0)[..., None]) @ head_VD
+
+
+def build(cfg):
+    """The model of a Config; --params sizes the feed-forward to that many parameters (within 1%)."""
+    return LM(sized(cfg))
+
+
+def sized(cfg):
+    """cfg with hidden_width chosen so that the parameter count is nearest to cfg.params."""
+    if not cfg.params:
+        return cfg
+    rows = cfg.depth * cfg.width * (2 * cfg.levels or 3)        # parameters one more hidden unit costs
+    hidden = cfg.hidden + (cfg.params - count(cfg)) / rows
+    cfg = dataclasses.replace(cfg, hidden_width=max(8, 8 * round(hidden / 8)))
+    if abs(count(cfg) / cfg.params - 1) > 0.01:
+        raise run.UserError(f"--params {cfg.params}: width {cfg.width} x depth {cfg.depth} cannot come within 1% of it")
+    return cfg
+
+
+def count(cfg):
+    """Parameters of the model, counted on the meta device: nothing is allocated."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in LM(cfg).parameters())
+
+
+# --- data ------------------------------------------------------------------------------------------
+
+
+def open_data(cfg):
+    """Task, shards or raw text by --task and --data; refuses a vocabulary that does not fit the model's."""
+    if cfg.task != "text":
+        data = Task(cfg.task, cfg.seed)
+    elif cfg.data and (pathlib.Path(cfg.data) / "manifest.json").exists():
+        data = text.Mixture(cfg.data)
+    else:
+        data = text.Text(text.documents(cfg.data), BPE.load(cfg.tokenizer) if cfg.tokenizer else BPE())
+    if data.vocab_size > cfg.vocab:
+        raise run.UserError(f"the data has {data.vocab_size} tokens, the model {cfg.vocab}; try --vocab {data.vocab_size}")
+    return data
+
+
+def pairs(batch, device):
+    """A loader's rows -> (input, target) on the device."""
+    a, b = batch if isinstance(batch, tuple) else (batch[:, :-1], batch[:, 1:])
+    return torch.from_numpy(a.copy()).to(device), torch.from_numpy(b.copy()).to(device)
+
+
+# --- train -----------------------------------------------------------------------------------------
+
+
+class Objective(nn.Module):
+    """tokens, target -> mean loss in nats: what DDP wraps, however many segments score() walks through."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, tokens, target):
+        loss, _, self.info = self.net.score(tokens, target)
+        return loss.sum() / (target >= 0).sum().clamp(min=1)
+
+
+def check(cfg, ddp):
+    """Refuse what would silently mean something else."""
+    if cfg.width % cfg.heads or (cfg.width // cfg.heads) % 2:
+        raise run.UserError(f"--width {cfg.width} / --heads {cfg.heads} must be an even whole number")
+    if cfg.inner in ("delta_momentum", "dmgd") and not cfg.boundary and cfg.variant != "hope_attention":
+        raise run.UserError(f"--inner {cfg.inner} has no exact token form; add --boundary")
+    if cfg.cms_wiring == "nested" and cfg.cms != "context":
+        raise run.UserError("--cms-wiring nested restarts levels inside a context; add --cms context")
+    if cfg.levels and len(cfg.periods) < cfg.levels or cfg.cms == "outer" and len(cfg.outer_periods) < cfg.levels:
+        raise run.UserError(f"--cms-levels {cfg.levels} needs that many --periods and --outer-periods")
+    if any(p % cfg.periods[0] or p < cfg.periods[0] for p in cfg.periods[:cfg.levels]) and cfg.cms == "context":
+        raise run.UserError(f"--periods {cfg.periods}: each must be a multiple of the first")
+    if cfg.cms == "context" and cfg.levels and ddp.world > 1 and cfg.shard == "fsdp2":
+        raise run.UserError("--cms context keeps a copy of the weights a sequence; use --shard ddp or zero1")
+    for T in cfg.curriculum or ():
+        if cfg.batch * cfg.length % T:
+            raise run.UserError(f"--curriculum {T}: {cfg.batch} rows of {cfg.length} are no whole number of rows of {T}")
+    if cfg.task == "recall" and cfg.length < 64:
+        raise run.UserError("--task recall needs --length 64 or more")
+
+
+def length_at(cfg, step):
+    """Row length of a step: the curriculum in equal shares."""
+    return cfg.curriculum[(step - 1) * len(cfg.curriculum) // cfg.steps] if cfg.curriculum else cfg.length
+
+
+def rate(cfg, step):
+    """Warm-up, then cosine to a tenth."""
+    warm = max(1, round(cfg.warmup * cfg.steps))
+    if step <= warm:
+        return step / warm
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, cfg.steps - warm))
+
+
+def teach_rate(cfg, step):
+    """The teach signal's schedule: linear up, constant, linear to 0."""
+    up, down = cfg.teach_warmup * cfg.steps, cfg.teach_decay * cfg.steps
+    return min(1.0, step / max(1.0, up), max(0.0, (cfg.steps - step) / max(1.0, down)))
+
+
+def level_period(cfg, name):
+    """Optimizer steps between moves of a parameter: the outer clock of its CMS level."""
+    parts = name.split(".")
+    return cfg.outer_periods[int(parts[parts.index("levels") + 1])] if cfg.cms == "outer" and "levels" in parts else 1
+
+
+def free_fields():
+    return {f.name for f in dataclasses.fields(Config) if f.metadata.get("free")} | {"out", "device", "wandb", "json"}
+
+
+def train(cfg):
+    ddp = run.init(cfg.device)
+    check(cfg, ddp)
+    data = open_data(cfg)
+    run.seed_all(cfg.seed)
+    net = build(cfg).to(ddp.device)
+    if cfg.compile:
+        for memory in (m for m in net.modules() if isinstance(m, Memory)):
+            memory.body = torch.compile(learn)
+    size = sum(p.numel() for p in net.parameters())
+    model, zero1, ranked = optim.distribute(Objective(net), net.blocks, cfg.shard, cfg.bf16, ddp)
+    outer = optim.Outer(net, cfg.optimizer, cfg.lr, cfg.matrix_lr, cfg.weight_decay,
+                        lambda name: level_period(cfg, name), zero1)
+    side = {}
+    own = dict(ranked, optim=outer) if ranked or zero1 else {}
+    state = dict(side=side, **({} if ranked else dict(net=net)), **({} if own else dict(optim=outer)))
+    log = run.Log(cfg, ddp, need_gb=2e-9 * 4 * 3 * size, data=data.facts)
+    start = run.load(cfg.out, state, ddp, own)
+    log("start", params=size, optimizer=cfg.optimizer, matrix_params=outer.counts["matrix"],
+        rest_params=outer.counts["rest"], bf16=cfg.bf16 and ddp.device.type == "cuda", sdpa=True, compile=cfg.compile,
+        remat=cfg.remat, shard=cfg.shard, bytes_per_token=data.bytes_per_token, resumed_at=start)
+    moves, open_sum, seen_sum, tick, done = {}, 0.0, 0, time.time(), start
+    for step in run.progress(start, cfg.steps, ddp):
+        run.seed_all(cfg.seed, ddp.rank, step)
+        T = length_at(cfg, step)
+        share = run.per_rank(cfg.batch * cfg.length // T, ddp, "--batch")
+        mine = range(ddp.rank * share, (ddp.rank + 1) * share)
+        tokens, target = pairs(data.batch((cfg.seed, step), mine, T), ddp.device)
+        net.teach_scale = cfg.teach_scale * teach_rate(cfg, step)
+        micro = max(1, cfg.micro * cfg.length // T) if cfg.micro else share
+        parts, loss = list(zip(tokens.split(micro), target.split(micro))), 0.0
+        for i, (a, b) in enumerate(parts):
+            last = i == len(parts) - 1
+            with contextlib.nullcontext() if last or ddp.world == 1 or ranked else model.no_sync(), \
+                    run.autocast(ddp.device, cfg.bf16):
+                part = model(a, b) * len(a) / len(tokens)
+            part.backward()
+            loss += part.detach()
+            info = (model.module if hasattr(model, "module") else model).info
+            open_sum, seen_sum = open_sum + float(info["gates"][0]), seen_sum + info["gates"][1]
+        norm = optim.whole(nn.utils.clip_grad_norm_(net.parameters(), cfg.clip))
+        for name in outer.step(step, rate(cfg, step)):
+            if "levels" in name:
+                level = f"level{name.split('levels.')[1][0]}"
+                moves[level] = moves.get(level, 0) + (".0.cms" in name and name.endswith(".0"))
+        if step % cfg.log_every == 0 or step in (1, cfg.steps):
+            loss = float(run.all_mean(loss, ddp))
+            run.check_finite(step, loss=loss, grad_norm=norm)
+            speed = (step - done) * cfg.batch * cfg.length / (time.time() - tick)
+            log("train", step=step, loss=loss, ppl=math.exp(min(loss, 50)), bpb=loss / math.log(2) / data.bytes_per_token,
+                lr=cfg.lr * rate(cfg, step), grad_norm=float(norm), teach_norm=float(info.get("teach", 0.0)), length=T,
+                updates=moves, gate_open=open_sum / seen_sum if seen_sum else None, tok_s=round(speed, 1),
+                eta_h=(cfg.steps - step) * cfg.batch * cfg.length / speed / 3600,
+                mem_gb=torch.cuda.max_memory_allocated() / 1e9 if ddp.device.type == "cuda" else None)
+            tick, done = time.time(), step
+        if step == start + 1 or step % cfg.eval_every == 0 or step == cfg.steps:
+            log("eval", step=step, **validate_loss(net, data, cfg, ddp, cfg.eval_rows))
+            tick, done = time.time(), step
+        side.update(sidecar.record(dataclasses.asdict(cfg), free_fields(), data.facts, step))
+        run.save_if_due(cfg.out, step, cfg.steps, cfg.save_every, state, ddp, own)
+    if cfg.surprise_threshold and seen_sum and open_sum in (0.0, float(seen_sum)):
+        log("warning", text=f"the surprise gate was {'never' if not open_sum else 'always'} open")
+    weights = {k: optim.whole(v) for k, v in net.state_dict().items()}
+    if ddp.rank == 0:
+        run.save_weights(pathlib.Path(cfg.out) / "weights.safetensors", weights,
+                         dict(config=dataclasses.asdict(sized(cfg)), step=cfg.steps, data=data.facts))
+    log.finish()
+
+
+@torch.no_grad()
+def validate_loss(net, data, cfg, ddp, rows=0, T=0):
+    """Loss, bits per byte, accuracy of scored tokens and loss by position over held-out rows (0: all of them)."""
+    T = T or cfg.length
+    net.eval()
+    tokens, target = pairs(data.validation(T), "cpu")
+    tokens, target = (x[:rows] if rows else x for x in (tokens, target))
+    sums = torch.zeros(3, T, dtype=torch.float64)       # loss, hits, scored, by position
+    chunk = max(1, (cfg.micro or cfg.batch) * cfg.length // T)
+    for a, b in zip(tokens[ddp.rank::ddp.world].split(chunk), target[ddp.rank::ddp.world].split(chunk)):
+        with run.autocast(ddp.device, cfg.bf16):
+            if cfg.task == "text":
+                loss, hits = net.score(a.to(ddp.device), b.to(ddp.device))[0].cpu(), torch.zeros(a.shape)
+            else:
+                logits = net(a.to(ddp.device)).float().cpu()
+                loss, hits = nll(logits, b), (logits.argmax(-1) == b).double()
+        scored = (b >= 0).double()
+        sums += torch.stack([(loss.double() * scored).sum(0), (hits * scored).sum(0), scored.sum(0)])
+    sums = run.all_mean(sums, ddp) * ddp.world
+    net.train()
+    loss = float(sums[0].sum() / sums[2].sum())
+    edges = [0] + [e for e in (64 * 2**i for i in range(20)) if e < T] + [T]
+    share = lambda i, a, b: float(sums[i, a:b].sum() / sums[2, a:b].sum())   # noqa: E731
+    by_position = {f"{a}-{b}": share(0, a, b) for a, b in zip(edges, edges[1:]) if sums[2, a:b].sum()}
+    found = dict(val_loss=loss, val_bpb=loss / math.log(2) / data.bytes_per_token, val_rows=len(tokens),
+                 loss_by_position=by_position)
+    return found if cfg.task == "text" else dict(found, accuracy=share(1, 0, T), accuracy_second_half=share(1, T // 2, T))
+
+
+# --- sample, evaluate, plan, verify, ablate --------------------------------------------------------
+
+
+def load_run(folder, device="cpu"):
+    """(net in eval mode, cfg) of a finished run."""
+    tensors, meta = run.load_weights(pathlib.Path(folder) / "weights.safetensors")
+    known = {f.name for f in dataclasses.fields(Config)}
+    cfg = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items() if k in known})
+    net = LM(cfg)
+    net.load_state_dict(tensors)
+    return net.to(device).eval(), cfg
+
+
+def place(cfg):
+    """The run directory a command means: the word after it, or --out."""
+    return pathlib.Path(cfg.words[0] if cfg.words else cfg.out)
+
+
+@torch.no_grad()
+def generate(net, ids, n, temperature=0.0, seed=0, stop=None, state=None):
+    """Continue a list of token ids by up to n tokens -> list; the state is carried, so a token costs O(1) in length."""
+    draw, made = run.generator(seed), []
+    step = torch.tensor([ids], device=net.embed.device)
+    state = state or net.fresh(1)
+    for _ in range(n):
+        logits, state = net(step, state)
+        logit_V = logits[0, -1].float().cpu()
+        pick = int(logit_V.argmax()) if temperature <= 0 else \
+            int(torch.multinomial((logit_V / temperature).softmax(-1), 1, generator=draw))
+        if pick == stop:
+            break
+        made.append(pick)
+        step = step.new_tensor([[pick]])
+    return made
+
+
+def sample(cfg):
+    net, saved = load_run(place(cfg), run.init(cfg.device).device)
+    bpe = BPE.load(saved.tokenizer) if saved.tokenizer else BPE()
+    made = generate(net, bpe.encode(cfg.prompt) or [bpe.eos], cfg.tokens, cfg.temperature, cfg.seed)
+    written = cfg.prompt + bpe.decode(made)
+    folder = place(cfg) / "samples"
+    folder.mkdir(exist_ok=True)
+    (folder / f"seed{cfg.seed}.txt").write_text(written, encoding="utf-8", errors="replace")
+    print(written)
+
+
+def evaluate(cfg):
+    """All validation rows: loss, bits per byte, loss by position.  Zero-shot tasks, RULER and more: python -m eval.lm."""
+    ddp = run.init(cfg.device)
+    net, saved = load_run(place(cfg), ddp.device)
+    data = open_data(dataclasses.replace(saved, data=cfg.data or saved.data))
+    found = validate_loss(net, data, saved, ddp, 0, cfg.eval_length)
+    if ddp.rank == 0:
+        run.record(place(cfg), "evaluate", length=cfg.eval_length or saved.length, **found)
+        for name, value in found.items():
+            print(f"{name:<22} {value if not isinstance(value, float) else round(value, 5)}")
+        for name, value in PRESETS.get(saved.preset, {}).get("expect", {}).items():
+            print(f"{name:<22} not run at this scale; paper {value}")
+
+
+def plan(cfg):
+    cfg = sized(cfg)
+    P, D, K, tokens = count(cfg), cfg.width, cfg.width // cfg.heads, cfg.batch * cfg.length
+    memories = dict(lmm=1, mac=1, mag=1, mal=1, hope=1 + len(set(cfg.adapt) & set("qkv")) + ("g" in cfg.adapt) / 2)
+    memories = memories.get(cfg.variant, 0)
+    window = cfg.window * (cfg.variant in ("swa", "mag", "mal"))
+    seen = cfg.length / 2 if cfg.variant in ("full", "hope_attention") else window
+    per_token = memories * D * (14 * cfg.memory_width * K + 12 * cfg.chunk)     # recalls and writes; Gram terms
+    flops = 6 * P * tokens + 6 * cfg.depth * tokens * (per_token + 2 * D * seen)
+    rows, moves = cfg.micro or cfg.batch, sum(cfg.length / p for p in cfg.periods[:cfg.levels])
+    gb = dict(boundary_states_gb=rows * cfg.depth * cfg.length / cfg.chunk * memories * 4 * cfg.memory_width * K * D,
+              cms_copies_gb=rows * cfg.depth * moves * 2 * cfg.hidden * D if cfg.cms == "context" else 0,
+              activations_gb=rows * cfg.length * (D * cfg.depth * (2 if cfg.remat == "block" else 40) + 3 * cfg.vocab))
+    gb = {k: 4e-9 * v for k, v in gb.items()}
+    states = dict(muon=1, adamw=2, m3=5)[cfg.optimizer]
+    run.print_plan(cfg, dict(params=P, hidden=cfg.hidden, flops_per_step=float(flops), tokens=tokens * cfg.steps, **gb,
+                             memory_gb_per_rank=P * 4e-9 * (2 + states) + sum(gb.values()),
+                             disk_gb=P * 4e-9 * (3 + 2 * states), hours_at_mfu=flops * cfg.steps / (0.4 * 989e12) / 3600))
+
+
+def verify(cfg):
+    """Re-hash every checkpoint of a run; --strict: config, tokenizer, data and RNG records too.  Exit 1 on a problem."""
+    whole, problems = sidecar.verify(place(cfg), cfg.strict, free_fields())
+    print("\n".join(problems) or f"{whole} checkpoints whole")
+    if problems:
+        raise SystemExit(1)
+
+
+ABLATIONS = {
+    "teach_scale": {str(s): dict(cms="context", teach_scale=s) for s in (0.05, 0.10, 0.15)},
+    "self_modifier": {"on": {}, "off": dict(adapt="")},
+    "cms_levels": {str(k): dict(cms_levels=k) for k in (0, 1, 2, 4)},
+    "cms_clock": {name: dict(cms=name) for name in ("outer", "context", "frozen")},
+    "optimizer": {name: dict(optimizer=name) for name in ("muon", "adamw", "m3")},
+    "inner": {name: dict(inner=name, boundary="delta_m" in name or name == "dmgd")
+              for name in ("gd", "momentum", "dgd", "dgd_momentum", "delta_momentum", "dmgd")},
+    "backbone": {name: dict(variant=name) for name in VARIANTS},
+    "paper": {"full": {}, "no DGD": dict(inner="momentum"), "no momentum": dict(inner="dgd"), "no decay": dict(decay=False),
+              "no CMS": dict(cms_levels=0), "k slow": dict(adapt="vg"), "v slow": dict(adapt="kg"),
+              "q adaptive": dict(adapt="kvqg")},
+}
+
+
+def ablate(cfg):
+    """Train the arms of a named ablation at one parameter budget, same seeds and data order -> table.md, table.json."""
+    name = cfg.words[0] if cfg.words else ""
+    if name not in ABLATIONS:
+        raise run.UserError(run.unknown("ablation", name, ABLATIONS))
+    budget, rows, root = cfg.params or count(cfg), {}, pathlib.Path(cfg.out) / name
+    for arm, changes in ABLATIONS[name].items():
+        rows[arm] = []
+        for seed in range(cfg.seeds):
+            out = str(root / arm.replace(" ", "_") / str(seed))
+            one = dataclasses.replace(cfg, params=budget, seed=seed, words=(), out=out, **changes)
+            if not (pathlib.Path(one.out) / "weights.safetensors").exists():
+                train(one)
+            log = [json.loads(line) for line in (pathlib.Path(one.out) / "log.jsonl").read_text().splitlines()]
+            last = [r for r in log if r["kind"] == "eval"][-1]
+            rows[arm].append(dict(val_bpb=last["val_bpb"], accuracy=last.get("accuracy"), time_s=log[-1]["time_s"],
+                                  params=count(sized(one))))
+    table = [f"# {name}: {cfg.steps} steps of {cfg.batch} x {cfg.length}, {cfg.seeds} seeds", "",
+             "| arm | parameters | bits per byte, mean | s.d. | seconds |", "|---|---|---|---|---|"]
+    for arm, runs in rows.items():
+        bpb = np.array([r["val_bpb"] for r in runs])
+        table.append(f"| {arm} | {runs[0]['params']:,} | {bpb.mean():.4f} | {bpb.std(ddof=1) if len(bpb) > 1 else 0:.4f} "
+                     f"| {np.mean([r['time_s'] for r in runs]):.0f} |")
+    (root / "table.json").write_text(json.dumps(rows, indent=1))
+    (root / "table.md").write_text("\n".join(table) + "\n")
+    print("\n".join(table))
+
+
+# --- data commands, main ---------------------------------------------------------------------------
+
+
+def make_corpus(cfg):
+    """Filter and deduplicate --data (text, folder or sources.json) into OUT/NAME.jsonl, OUT/sources.json, counts.json."""
+    corpus.build(cfg.data, cfg.out, cfg.min_english)
+
+
+def make_tokenizer(cfg):
+    """Train a byte-level BPE of --vocab tokens on --data; a coverage.json already in --out guards against a worse one."""
+    corpus.train_tokenizer(cfg.data, cfg.out, cfg.vocab)
+
+
+def make_shards(cfg):
+    """Tokenise the sources of --data into rows of --length + 1 tokens under --out, with a manifest."""
+    text.shard(corpus.sources(cfg.data), BPE.load(cfg.tokenizer) if cfg.tokenizer else BPE(), cfg.out, cfg.length)
+
+
+def validate(cfg):
+    """Check the shards of --data: files, hashes, counts, licences, overlap, and the texts after the command as held out."""
+    root = pathlib.Path(cfg.data)
+    bpe = BPE.load(root / "tokenizer.json")
+    problems = corpus.validate(root, {w: bpe.encode("\n".join(text.documents(w))) for w in cfg.words})
+    print("\n".join(problems) or f"{root}: no problems")
+    if problems:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    run.main(Config, PRESETS, dict(train=train, sample=sample, evaluate=evaluate, plan=plan, verify=verify, ablate=ablate,
+                                   corpus=make_corpus, tokenizer=make_tokenizer, shard=make_shards, validate=validate))

@@ -1,0 +1,443 @@
+"""dit_t2i.py against transformers, diffusers and sentencepiece with the same random weights.
+
+Tolerances: 1e-4 absolute on outputs of order one (both sides float32, other order of sums); 1e-5 for
+samplers, whose public tables are float32; PSNR above 50 dB for a whole pipeline, the bound of the task.
+"""
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+register = torch.library.register_fake
+
+
+def register_if_there(name, *args, **kw):
+    """torchvision built for another torch has no operators here; importing it must not fail on that."""
+    return (lambda f: f) if str(name).startswith("torchvision::") else register(name, *args, **kw)
+
+
+torch.library.register_fake = register_if_there
+transformers = pytest.importorskip("transformers")
+diffusers = pytest.importorskip("diffusers")
+
+import dit_t2i as t2i  # noqa: E402
+from common import clip, public, weights  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def randomise(net, scale=0.1, seed=0):
+    torch.manual_seed(seed)
+    for p in net.parameters():
+        p.data.normal_(0, scale)
+    return net.eval().requires_grad_(False)
+
+
+def save(net, folder):
+    net.save_pretrained(folder)
+    return folder
+
+
+def hard_strings(count=2000, seed=0):
+    """Emoji, CJK, Hangul, combining marks, fullwidth, controls, URLs, 10,000 characters, nothing."""
+    rng = random.Random(seed)
+    ranges = [(32, 127), (0x4E00, 0x9FFF), (0x1F300, 0x1F6FF), (1, 0x250), (0x2000, 0x2100), (0x300, 0x36F),
+              (0x370, 0x5FF), (0xAC00, 0xD7A3), (0xFF00, 0xFFEF)]
+    words = [" ", "  ", "\n", "'s", "'RE", " 12", "http://a.b/c?d=e&f#g", "&amp;", "\u200b", "\ufeff",
+             "\u03a3",
+             "\u0130", "\u00df", "\u01c5", "\u00bd", "\ufb01", "a photo of a cat", "<|endoftext|>"]
+    texts = ["", " ", "   ", "a" * 10_000, "word " * 2000, "\x00\x01\x1c\x1d\x1e\x1f",
+             "\u65e5\u672c\u8a9e" * 500]
+    while len(texts) < count:
+        some = rng.sample(ranges, rng.randrange(1, 4))
+        piece = lambda: chr(rng.randrange(*rng.choice(some))) if rng.random() < 0.8 else rng.choice(words)  # noqa: E731
+        texts.append("".join(piece() for _ in range(rng.randrange(1, 60))))
+    return texts
+
+
+# --- tokenizers ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """1,500 merges learnt greedily from this repository's own text, in the public layout."""
+    folder = tmp_path_factory.mktemp("clip")
+    text = open(t2i.__file__, encoding="utf-8").read().lower()
+    symbols = clip.byte_symbols()
+    words = {}
+    for word in clip.split_words(text):
+        parts = [symbols[b] for b in word.encode()]
+        words[tuple(parts[:-1] + [parts[-1] + "</w>"])] = words.get(tuple(parts[:-1] + [parts[-1] + "</w>"]),
+                                                                    0) + 1
+    merges = []
+    for _ in range(300):
+        counts = {}
+        for parts, n in words.items():
+            for pair in zip(parts, parts[1:]):
+                counts[pair] = counts.get(pair, 0) + n
+        best = max(counts, key=lambda p: (counts[p], p))
+        merges.append(best)
+        joined = {}
+        for parts, n in words.items():
+            out, i = [], 0
+            while i < len(parts):
+                hit = parts[i:i + 2] == best
+                out.append("".join(best) if hit else parts[i])
+                i += 2 if hit else 1
+            joined[tuple(out)] = n
+        words = joined
+    base = list(symbols.values())
+    vocabulary = base + [c + "</w>" for c in base] + ["".join(m) for m in merges] + [clip.START, clip.END]
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
+    return folder
+
+
+def test_clip_tokenizer_equals_transformers_on_2000_hard_strings(clip_folder):
+    theirs, ours = transformers.CLIPTokenizer.from_pretrained(clip_folder), t2i.CLIPTokenizer(clip_folder)
+    texts = hard_strings()
+    wrong = [t for t in texts if theirs(t).input_ids != [ours.start, *ours.tokens(t), ours.end]]
+    assert not wrong, (len(wrong), ascii(wrong[0])[:200])
+    padded = theirs(texts[:50], padding="max_length", max_length=77, truncation=True,
+                    return_tensors="pt").input_ids
+    assert torch.equal(padded, ours(texts[:50], warn=False))
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory):
+    """A unigram model with the real nmt_nfkc normaliser, trained by sentencepiece on this repository's
+    text."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = tmp_path_factory.mktemp("t5")
+    text = open(t2i.__file__,
+                encoding="utf-8").read() + "\nhttp://example.com \u65e5\u672c\u8a9e \u00bd \ufb01 12345\n" * 20
+    (folder / "text").write_text(text, encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"), model_prefix=str(folder / "spiece"), vocab_size=900, model_type="unigram",
+        normalization_rule_name="nmt_nfkc", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    return folder
+
+
+def test_t5_tokenizer_equals_sentencepiece_on_2000_hard_strings(t5_folder):
+    import sentencepiece
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(t5_folder / "spiece.model"))
+    ours = t2i.T5Tokenizer(t5_folder)
+    texts = hard_strings()
+    wrong = [t for t in texts if theirs.encode(t) != ours.tokens(t)]
+    assert not wrong, (len(wrong), ascii(wrong[0])[:200])
+
+
+def test_t5_tokenizer_equals_transformers_where_that_equals_sentencepiece(t5_folder):
+    """transformers normalises whole grapheme clusters and loses marks after compatibility characters: there,
+    and only there, it leaves sentencepiece, which trained the model and which we follow."""
+    import sentencepiece
+    slow = sentencepiece.SentencePieceProcessor(model_file=str(t5_folder / "spiece.model"))
+    fast, ours = transformers.T5Tokenizer.from_pretrained(t5_folder), t2i.T5Tokenizer(t5_folder)
+    texts = [*hard_strings(), "</s> hi", "<extra_id_0> x <extra_id_99>", "<unk>"]
+    differs = [t for t in texts if fast(t).input_ids[:-1] != ours.tokens(t)]
+    assert all(slow.encode(t) == ours.tokens(t) for t in differs)
+    assert len(differs) < 0.1 * len(texts), len(differs)
+
+
+# --- encoders ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act, project", [("quick_gelu", 24), ("gelu", 40)])
+def test_clip_text_encoder_equals_transformers(tmp_path, act, project):
+    config = transformers.CLIPTextConfig(vocab_size=600, hidden_size=64, intermediate_size=96,
+                                         num_hidden_layers=3,
+                                         num_attention_heads=4, hidden_act=act, projection_dim=project,
+                                         eos_token_id=599)
+    theirs = randomise(transformers.CLIPTextModelWithProjection(config))
+    ours = t2i.CLIPTextEncoder.load(save(theirs, tmp_path))
+    ids = torch.randint(0, 590, (3, 77), generator=torch.Generator().manual_seed(0))
+    for row, end in enumerate((5, 40, 76)):
+        ids[row, end:] = 599
+    want, got = theirs(ids, output_hidden_states=True), ours(ids)
+    for a, b in ((want.hidden_states[-2], got["penultimate"]), (want.last_hidden_state, got["last"]),
+                 (want.text_embeds, got["projected"])):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+def test_t5_encoder_equals_transformers(tmp_path):
+    config = transformers.T5Config(vocab_size=200, d_model=64, d_kv=16, d_ff=96, num_layers=3, num_heads=4,
+                                   feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    theirs = randomise(transformers.T5EncoderModel(config), 0.2)
+    ours = t2i.T5Encoder.load(save(theirs, tmp_path))
+    ids = torch.randint(0, 200, (2, 150), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(150)[None] < torch.tensor([[20], [150]])
+    torch.testing.assert_close(theirs(ids).last_hidden_state, ours(ids), rtol=0, atol=1e-4)
+    want = theirs(ids, attention_mask=mask.long()).last_hidden_state
+    torch.testing.assert_close(want[mask], ours(ids, mask)[mask], rtol=0, atol=1e-4)
+
+
+def test_safety_checker_equals_diffusers(tmp_path):
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    vision = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                  image_size=56,
+                  patch_size=14, hidden_act="quick_gelu")
+    config = transformers.CLIPConfig(vision_config=vision, projection_dim=32)
+    theirs = randomise(StableDiffusionSafetyChecker(config))
+    for name in ("concept_embeds", "special_care_embeds"):
+        getattr(theirs, name).data.normal_()
+        getattr(theirs, name + "_weights").data.fill_(1.0)
+    pictures = [np.random.default_rng(k).integers(0, 255, (70, 90, 3), np.uint8) for k in range(12)]
+    # thresholds that flag about half, one way or the other
+    first = t2i.SafetyChecker.load(save(theirs, tmp_path))
+    cosine = torch.nn.functional.normalize(first.embed(pictures)) @ torch.nn.functional.normalize(first.concept_embeds).T
+    theirs.concept_embeds_weights.data[0] = cosine[:, 0].median()
+    theirs.special_care_embeds_weights.data[0] = -1.0  # every picture trips it: later thresholds get stricter
+    ours = t2i.SafetyChecker.load(save(theirs, tmp_path))
+    pixels = torch.stack([ours.preprocess(p) for p in pictures])
+    embedding = theirs.visual_projection(theirs.vision_model(pixels)[1])
+    torch.testing.assert_close(embedding, ours.embed(pictures), rtol=0, atol=1e-4)
+    _, flags = theirs(clip_input=pixels, images=np.zeros((12, 8, 8, 3)))
+    assert flags == ours(pictures) and 0 < sum(flags) < 12
+    from transformers import CLIPImageProcessor
+    processor = CLIPImageProcessor(size=dict(shortest_edge=56), crop_size=56)
+    theirs_pixels = processor(pictures, return_tensors="pt").pixel_values
+    # transformers resizes on another library than pillow in this version: mean, not bits
+    assert (theirs_pixels - pixels).abs().mean() < 0.02
+
+
+# --- transformers --------------------------------------------------------
+
+
+def test_dit_equals_diffusers(tmp_path):
+    theirs = randomise(diffusers.DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=3,
+        sample_size=8,
+        patch_size=2, num_embeds_ada_norm=10, activation_fn="gelu-approximate", attention_bias=True))
+    first = theirs.transformer_blocks[0].norm1.emb  # the public files repeat one embedder in every block
+    for block in theirs.transformer_blocks:
+        block.norm1.emb.load_state_dict(first.state_dict())
+        # where diffusers leaves the authors' code: frequencies over 127 instead of 128, norms with eps 1e-5
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+        block.norm1.norm.eps = block.norm3.eps = 1e-6
+    family, ours, _ = public.open_transformer(save(theirs, tmp_path), t2i.DiT, t2i.sincos_2d, torch.float32)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.tensor([1, 9])
+    want = theirs(x, timestep=t, class_labels=y).sample
+    assert family == "dit"
+    torch.testing.assert_close(ours(x, t, label=y), want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("sample, stretch", [(16, None), (16, 2)])
+def test_pixart_equals_diffusers(tmp_path, sample, stretch):
+    theirs = randomise(diffusers.PixArtTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=3,
+        sample_size=sample,
+        patch_size=2, cross_attention_dim=32, caption_channels=24, interpolation_scale=stretch,
+        use_additional_conditions=False))
+    family, ours, _ = public.open_transformer(save(theirs, tmp_path), t2i.DiT, t2i.sincos_2d, torch.float32)
+    x, t, text = torch.randn(2, 4, 16, 12), torch.tensor([30.0, 700.0]), torch.randn(2, 7, 24)
+    mask = torch.arange(7)[None] < torch.tensor([[4], [7]])
+    want = theirs(x, encoder_hidden_states=text, timestep=t, encoder_attention_mask=mask.long(),
+                  added_cond_kwargs=dict(resolution=None, aspect_ratio=None)).sample
+    assert family == "pixart"
+    torch.testing.assert_close(ours(x, t, text=text, mask=mask), want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, dict(qk_norm="rms_norm", dual_attention_layers=(0, 1))])
+def test_sd3_equals_diffusers(tmp_path, options):
+    theirs = randomise(sd3_transformer(**options))
+    family, ours, _ = public.open_transformer(save(theirs, tmp_path), t2i.DiT, t2i.sincos_2d, torch.float32)
+    x, t = torch.randn(2, 4, 16, 12), torch.tensor([500.0, 20.0])
+    text, pooled = torch.randn(2, 7, 48), torch.randn(2, 40)
+    want = theirs(x, encoder_hidden_states=text, pooled_projections=pooled, timestep=t).sample
+    assert family == "sd3"
+    torch.testing.assert_close(ours(x, t, text, pooled), want, rtol=0, atol=1e-4)
+
+
+def sd3_transformer(**options):
+    return diffusers.SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8,
+        num_attention_heads=4, joint_attention_dim=48, caption_projection_dim=32, pooled_projection_dim=40,
+        pos_embed_max_size=12, **options)
+
+
+# --- samplers ------------------------------------------------------------
+
+
+def net_eps(x, sigma):
+    """A smooth stand-in for a network in ve space: noise prediction of x."""
+    return torch.tanh(0.7 * x / (1 + sigma**2) ** 0.5) + 0.1
+
+
+def run_scheduler(scheduler, x_unit, steps, scaled=True):
+    scheduler.set_timesteps(steps)
+    x = x_unit * scheduler.init_noise_sigma
+    g = torch.Generator().manual_seed(0)
+    levels = [float(s) for s in scheduler.sigmas]
+    for k, t in enumerate(scheduler.timesteps):
+        sigma = levels[k]
+        state = x if scaled else x * (1 + sigma**2) ** 0.5   # these schedulers carry x / sqrt(1 + sigma^2)
+        kw = dict(generator=g) if "generator" in scheduler.step.__code__.co_varnames else {}
+        x = scheduler.step(net_eps(state, sigma), t, x, **kw).prev_sample
+    return x, torch.tensor(levels, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name, scheduler, options", [
+    ("euler", "EulerDiscreteScheduler", {}),
+    ("euler", "EulerDiscreteScheduler", dict(use_karras_sigmas=True)),
+    ("dpmpp_2m", "DPMSolverMultistepScheduler", dict(use_karras_sigmas=True)),
+    ("dpmpp_2m", "DPMSolverMultistepScheduler", {}),
+    ("unipc", "UniPCMultistepScheduler", dict(solver_order=2, use_karras_sigmas=True)),
+    ("unipc", "UniPCMultistepScheduler", dict(solver_order=3, use_karras_sigmas=True))])
+def test_deterministic_samplers_equal_diffusers(name, scheduler, options):
+    extra = dict(euler_at_final=False, lower_order_final=True) if "DPM" in scheduler else {}
+    extra |= dict(final_sigmas_type="zero") if "Euler" not in scheduler else {}
+    made = getattr(diffusers, scheduler)(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                         **options,
+                                         **extra)
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    scaled = "Euler" in scheduler
+    want, levels = run_scheduler(made, x, 12, scaled)
+    start = x * made.init_noise_sigma if scaled else x * (1 + levels[0]**2) ** 0.5
+    order = dict(order=options["solver_order"]) if "solver_order" in options else {}
+    got = t2i.SAMPLERS[name](lambda x, s: x - s * net_eps(x, s), start, levels, space="ve", **order)
+    torch.testing.assert_close(got, want.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_ancestral_and_sde_samplers_equal_diffusers(monkeypatch):
+    """The same noise on both sides."""
+    for name, scheduler, scaled in (
+            ("euler_ancestral", diffusers.EulerAncestralDiscreteScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"), True),
+            ("dpmpp_2m_sde", diffusers.DPMSolverMultistepScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                algorithm_type="sde-dpmsolver++",
+                use_karras_sigmas=True), False)):
+        x = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(5))
+        want, levels = run_scheduler(scheduler, x, 10, scaled)
+        g = torch.Generator().manual_seed(0)
+        monkeypatch.setattr(t2i.Noise, "like", lambda self, x: torch.randn(x.shape, generator=g))
+        start = x * scheduler.init_noise_sigma if scaled else x * (1 + levels[0]**2) ** 0.5
+        got = t2i.SAMPLERS[name](lambda x, s: x - float(s) * net_eps(x, float(s)), start, levels, space="ve")
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)      # float32 states of size 15
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_euler_and_its_grid_equal_diffusers(shift):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(9)
+    grid = t2i.sigmas("sd3", 9, shift_by=shift)
+    torch.testing.assert_close(grid.float(), scheduler.sigmas, rtol=0, atol=1e-6)
+    x = want = torch.randn(2, 5)
+    for k, t in enumerate(scheduler.timesteps):
+        want = scheduler.step(torch.tanh(want) + float(scheduler.sigmas[k]), t, want).prev_sample
+    got = t2i.SAMPLERS["euler"](lambda x, s: x - s * (torch.tanh(x) + s), x, grid, space="flow")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_apg_equals_diffusers():
+    from diffusers.guiders.adaptive_projected_guidance import normalized_guidance
+    c, u = torch.randn(2, 4, 6, 6), torch.randn(2, 4, 6, 6)
+    for eta, norm in ((0.0, 0.0), (0.5, 3.0), (1.0, 0.0)):
+        want = normalized_guidance(c, u, 5.0, None, eta, norm, True)  # the paper's form: c + (w - 1) update
+        torch.testing.assert_close(t2i.guide(c, u, 6.0, "apg", eta=eta, norm=norm), want, rtol=1e-4,
+                                   atol=1e-4)
+
+
+# --- a whole pipeline ----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sd3_folder(tmp_path_factory, clip_folder, t5_folder):
+    """A tiny StableDiffusion3Pipeline with random weights, saved in the public layout."""
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(clip_folder, model_max_length=77)
+    t5_tokenizer = transformers.T5Tokenizer.from_pretrained(t5_folder)
+    encoders = [randomise(transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=4,
+        hidden_act=act, projection_dim=20, eos_token_id=tokenizer.eos_token_id)), 0.2, seed)
+        for width, act, seed in ((16, "quick_gelu", 1), (24, "gelu", 2))]
+    t5 = randomise(transformers.T5EncoderModel(transformers.T5Config(
+        vocab_size=1200, d_model=48, d_kv=12, d_ff=64, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False)), 0.2, 3)
+    vae = randomise(diffusers.AutoencoderKL(
+        block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=64,
+        latent_channels=4,
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        use_quant_conv=False,
+        use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609), 0.1, 4)
+    vae.decoder.conv_out.weight.data *= 3                    # enough contrast to compare
+    pipe = diffusers.StableDiffusion3Pipeline(
+        transformer=randomise(sd3_transformer(), 0.1, 5),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae, text_encoder=encoders[0], text_encoder_2=encoders[1], text_encoder_3=t5, tokenizer=tokenizer,
+        tokenizer_2=tokenizer, tokenizer_3=t5_tokenizer)
+    folder = tmp_path_factory.mktemp("sd3")
+    pipe.save_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return folder, pipe
+
+
+PROMPTS = ["a lighthouse at dusk, oil on canvas", "def forward(self, x):"]
+
+
+def ours_like(folder, **flags):
+    cfg = t2i.Config(model=str(folder), device="cpu", steps=8, cfg=5.0, negative="blurry", **flags)
+    return cfg, t2i.load_model(cfg, torch.device("cpu"))
+
+
+def psnr(a, b):
+    return float(10 * np.log10(255**2 / max(((a.astype(float) - b.astype(float)) ** 2).mean(), 1e-12)))
+
+
+@pytest.mark.parametrize("offload", ["none", "block"])
+def test_the_sd3_pipeline_makes_the_same_pictures(sd3_folder, offload):
+    folder, pipe = sd3_folder
+    cfg, model = ours_like(folder, offload=offload)
+    noise = t2i.start_noise(0, (2, 4, 8, 12))
+    want = pipe(PROMPTS, negative_prompt=["blurry"] * 2, num_inference_steps=8, guidance_scale=5.0, height=64,
+                width=96,
+                latents=noise, output_type="np").images
+    made = t2i.generate(model, PROMPTS, cfg, torch.device("cpu"), [0, 1], (96, 64))
+    assert made.std() > 10                                   # a picture, not a flat field
+    assert psnr(made, (want * 255).round()) > 50
+
+
+def test_quantised_and_t5_free_loading_of_the_pipeline(sd3_folder):
+    folder, _ = sd3_folder
+    cfg, model = ours_like(folder)
+    base = t2i.generate(model, PROMPTS[:1], cfg, torch.device("cpu"), [0], (64, 64))
+    cfg, small = ours_like(folder, quantise="int8")
+    near = t2i.generate(small, PROMPTS[:1], cfg, torch.device("cpu"), [0], (64, 64))
+    cfg, without = ours_like(folder, t5=False)
+    far = t2i.generate(without, PROMPTS[:1], cfg, torch.device("cpu"), [0], (64, 64))
+    assert 25 < psnr(base, near) and psnr(base, far) < psnr(base, near)
+
+
+def test_the_pixart_pipeline_makes_the_same_pictures(tmp_path, t5_folder):
+    transformer = randomise(diffusers.PixArtTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
+        sample_size=8,
+        patch_size=2, cross_attention_dim=32, caption_channels=48, use_additional_conditions=False))
+    t5 = randomise(transformers.T5EncoderModel(transformers.T5Config(
+        vocab_size=1200, d_model=48, d_kv=12, d_ff=64, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False)), 0.2)
+    vae = randomise(diffusers.AutoencoderKL(
+        block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=64,
+        latent_channels=4,
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4))
+    pipe = diffusers.PixArtAlphaPipeline(
+        tokenizer=transformers.T5Tokenizer.from_pretrained(t5_folder), text_encoder=t5, vae=vae,
+        transformer=transformer,
+        scheduler=diffusers.DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02,
+                                                        use_karras_sigmas=True,
+                                                        final_sigmas_type="zero", euler_at_final=False))
+    pipe.save_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    noise = t2i.start_noise(0, (1, 4, 8, 8))
+    want = pipe(PROMPTS[:1], negative_prompt="", num_inference_steps=10, guidance_scale=4.5, height=64,
+                width=64,
+                latents=noise, output_type="np", use_resolution_binning=False, clean_caption=False).images
+    cfg = t2i.Config(model=str(tmp_path), device="cpu", steps=10, cfg=4.5)
+    model = t2i.load_model(cfg, torch.device("cpu"))
+    # the pipeline's scheduler cleans captions to lower case before T5
+    made = t2i.generate(model, PROMPTS[:1], cfg, torch.device("cpu"), [0], (64, 64))
+    assert made.std() > 10 and psnr(made, (want * 255).round()) > 50

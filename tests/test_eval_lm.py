@@ -1,0 +1,167 @@
+"""eval.lm: scoring rules on fixtures, needles, memorisation."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import hope_lm as h
+from common.text import BPE, rng
+from eval import _niah
+from eval._continual import continual, domains
+from eval._zeroshot import CHOICE, interval, multiple_choice, winogrande, zero_shot
+from eval.lm import Scorer
+
+torch.set_num_threads(1)
+
+
+class Table:
+    """A scorer whose log-likelihoods are given: what acc and acc_norm make of them."""
+
+    def __init__(self, scores):
+        self.scores, self.asked = scores, []
+
+    def loglikelihood(self, context, continuation):
+        self.asked.append((context, continuation))
+        return self.scores[len(self.asked) - 1], False
+
+
+def test_acc_sums_and_acc_norm_divides_by_characters():
+    item = ("Question: q\nAnswer:", ["no", "a much longer answer"], 1)
+    table = Table([-4.0, -9.0])
+    assert multiple_choice(table, item) == (0, 1)               # -4 > -9, but -9/20 > -4/2
+    assert table.asked == [(item[0], " no"), (item[0], " a much longer answer")]
+
+
+def test_winogrande_scores_the_same_suffix_under_each_option():
+    d = dict(sentence="Ann met Eve because _ was late .", option1="Ann", option2="Eve", answer="2")
+    table = Table([-3.0, -2.0])
+    assert winogrande(table, d) == 1
+    assert table.asked == [("Ann met Eve because Ann", " was late ."), ("Ann met Eve because Eve", " was late .")]
+
+
+def test_prompts_are_the_published_ones():
+    d = dict(passage="P.", question="is it", label=1)
+    assert CHOICE["boolq"](d) == ("P.\nQuestion: is it?\nAnswer:", ["no", "yes"], 1)
+    d = dict(question="Where?", choices=dict(text=["sea", "sky"], label=["A", "B"]), answerKey="B")
+    assert CHOICE["csqa"](d) == ("Question: Where?\nA. sea\nB. sky\nAnswer:", ["A", "B"], 1)
+    d = dict(activity_label="Run", ctx_a="[header] He runs.", ctx_b="he", endings=["x  y [title] z"] * 4, label="3")
+    assert CHOICE["hellaswag"](d) == ("Run: He runs. He", ["x y. z"] * 4, 3)
+
+
+def small(**kw):
+    torch.manual_seed(0)
+    return h.LM(h.Config(**{**dict(width=16, heads=2, depth=1, chunk=8, chunk_self=8, periods=(8, 16, 32, 64), cms_levels=2), **kw})).eval()
+
+
+def test_loglikelihood_is_the_sum_over_the_continuation_and_greedy_means_every_token():
+    net, bpe = small(), BPE()
+    score, greedy = Scorer(net, bpe, 64).loglikelihood("ab ", "cd")             # the space moves to the continuation
+    logp = net(torch.tensor([list(b"ab cd")]))[0].double().log_softmax(-1)
+    want = sum(float(logp[i, c]) for i, c in zip((1, 2, 3), b" cd"))
+    assert abs(score - want) < 1e-6 and not greedy
+    made = bpe.decode(h.generate(net, list(b"ab"), 3))
+    if len(made.encode()) == 3 and made.isascii():
+        assert Scorer(net, bpe, 64).loglikelihood("ab", made)[1]
+
+
+def test_rolling_scores_every_token_once():
+    net, bpe, text = small(), BPE(), "a tale of two windows"
+    total, parts = Scorer(net, bpe, 8).rolling(text)
+    assert sum(map(len, parts)) == len(text) and abs(total + float(torch.cat(parts).sum())) < 1e-4
+    whole, _ = Scorer(net, bpe, 64).rolling(text)
+    loss = h.nll(net(torch.tensor([[0, *text[:-1].encode()]])), torch.tensor([list(text.encode())]))
+    assert abs(whole + float(loss.sum())) < 1e-3
+
+
+def test_absent_tasks_are_skipped_and_present_ones_counted(tmp_path):
+    (tmp_path / "lambada.jsonl").write_text(json.dumps(dict(text="the cat sat on the mat")) + "\n")
+    (tmp_path / "wikitext.jsonl").write_text(json.dumps(dict(page=" = Title = \n Some text , here . ")) + "\n")
+    found = zero_shot(Scorer(small(), BPE(), 64), tmp_path, 5)
+    assert found["piqa"] is None and found["lambada"]["n"] == 1 and "mean8" not in found
+    assert 1 < found["wikitext"]["word_ppl"] < math.inf
+
+
+def test_wilson_interval_covers():
+    draw = np.random.default_rng(0)
+    cover = np.mean([lo <= 0.7 <= hi for lo, hi in (interval(draw.binomial(40, 0.7) / 40, 40) for _ in range(2000))])
+    assert 0.93 < cover < 0.97
+
+
+def test_needle_prompts_have_their_needles_depth_and_length():
+    essay, count = " ".join(f"w{i}" for i in range(3000)), lambda t: len(t.split())
+    for variant, (_, _, _, keys, values, asked) in _niah.VARIANTS.items():
+        for depth in (0.0, 0.5, 1.0):
+            item = _niah.ruler_prompt(variant, 600, depth, rng(1), count, essay)
+            assert 400 < count(item["prompt"]) <= 600 - 128, variant            # full, with room to answer
+            assert len(item["answers"]) == asked * values and item["distractor"] not in item["prompt"]
+            assert all(f"is: {a}." in item["prompt"] for a in item["answers"])
+            if variant.startswith("single"):
+                at = item["prompt"].index("One of the special magic") / len(item["prompt"])
+                assert abs(at - depth) < 0.25
+        assert item["prompt"].endswith(" is" if asked * values == 1 else " are")
+    prompt = _niah.passkey_prompt("12345", 300, 0.5, count)
+    assert 250 < count(prompt) <= 300 and prompt.count("12345") == 2
+
+
+def recall_net(variant, steps=0, **kw):
+    """A small net taught key-value recall: pairs, noise, then a key that asks for its value."""
+    torch.manual_seed(0)
+    cfg = h.Config(**{**dict(variant=variant, width=32, heads=1, depth=1, vocab=64, chunk=16, chunk_self=16, cms_levels=1, task="recall",
+                             eta=0.5, periods=(16, 32)), **kw})
+    net, data = h.LM(cfg), h.Task("recall", 0)
+    outer = h.optim.Outer(net, "muon", 5e-3, 0.02, 0.0)
+    for step in range(1, steps + 1):
+        x, y = h.pairs(data.batch((0, step), range(32), 64), "cpu")
+        loss = net.score(x, y)[0].sum() / (y >= 0).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        outer.step(step, min(1.0, step / 20))
+    return net.eval(), data
+
+
+def margin(net, data):
+    """Mean change of log p(value | key) when fast weights took in the pairs, caches dropped; and base weights kept."""
+    x, y = h.pairs(data.batch((1, 0), range(64), 64), "cpu")
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with torch.no_grad():
+        _, state = net(x[:, :48], net.fresh(64))
+        memory, fresh = net.remember(state), net.fresh(64)
+        gain = h.nll(net(x[:, 48:], fresh)[0], y[:, 48:]) - h.nll(net(x[:, 48:], memory)[0], y[:, 48:])
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    return gain[y[:, 48:] >= 0]
+
+
+@pytest.mark.parametrize("variant,steps", [("lmm", 200)])
+def test_memorising_raises_the_right_value(variant, steps):
+    gain = margin(*recall_net(variant, steps))
+    assert gain.mean() > 0.1 and gain.mean() > 5 * gain.std() / math.sqrt(len(gain))    # five standard errors
+
+
+def test_memorising_changes_no_bit_of_a_transformer():
+    assert (margin(*recall_net("full", 5)) == 0).all()
+
+
+def test_memorising_counts_events_and_keeps_base_weights():
+    net = small(cms="context")
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    scorer = Scorer(net, BPE(), 64, memorize=True)
+    with_memory, without = scorer.loglikelihood("the key is 7 and so on. " * 3, "7"), Scorer(net, BPE(), 64).loglikelihood("the key is 7 and so on. " * 3, "7")
+    assert scorer.events["seen"] > 0 and with_memory != without
+    shut = Scorer(net, BPE(), 64, memorize=True, paths=("titan",), threshold=1e9)
+    shut.loglikelihood("the key is 7 and so on. " * 3, "7")
+    assert shut.events["open"] < shut.events["seen"]
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+def test_continual_matrix_and_forgetting():
+    texts = domains()
+    assert len(set(texts)) == 5 and domains() == texts and all(len(t) >= 20_000 for t in texts.values())
+    found = continual(small(), BPE(), 32, steps=3, batch=2, lr=5e-3)
+    for key in ("on", "off"):
+        a = np.array(found[key]["matrix"])
+        assert a.shape == (5, 5) and min(found[key]["forgetting"]) >= 0
+        assert a[0, 0] < 5.4                        # three steps on prose: below log 256 = 5.55
+    assert found["on"]["matrix"] != found["off"]["matrix"]

@@ -1,0 +1,1044 @@
+"""streetvision.py and its common files: laws, simulations of the guarantees, leakage, and one tiny run of all phases."""
+
+import dataclasses
+import inspect
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy.special import expit, logit
+
+import streetvision as sv
+from common import adapters, augment, bundle, conformal, fusion, pipeline, run, selfsup, serving, splits, streets, subnet, views
+from common.classify import binary_metrics
+
+ROOT = Path(sv.__file__).parent
+torch.set_num_threads(1)
+TINY = dict(sv.PRESETS["smoke"]["set"], scenes=40, size=64, shift_scenes=3, source_steps=3, phase4a_epochs=1,
+            phase4a_batch=16, phase4a_accumulate=2, phase1_epochs=2, phase1_batch=64, phase4c_epochs=1, phase2_n_thresholds=101,
+            eval_resamples=60, eval_windows=20, phase6_compress=True)
+
+
+def config(out, data, **more):
+    return sv.Config(**{**TINY, "out": str(out), "data": str(data), **more})
+
+
+def tiny_vit(seed=0, **kw):
+    torch.manual_seed(seed)
+    return sv.ViT(32, 2, 2, 48, patch=8, **kw).reset()
+
+
+# --- the whole pipeline, once --------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    out = tmp_path_factory.mktemp("streets")
+    streets.write(out, 40, 3, 64, 0, 0.5, 3)
+    return out
+
+
+@pytest.fixture(scope="module")
+def done(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    cfg = config(out, data)
+    sv.train(cfg)
+    sv.evaluate(cfg)
+    return cfg, sv.Paths(str(out))
+
+
+def shas(folder):
+    """sha256 of every artifact of phases 4a to 6 but those with timestamps in them."""
+    skip = {"manifest.json", "bundle.json", "bundle.tar.gz", "model_card.json"}
+    folders = [Path(folder, n) for n in ("phase4a_explora", "phase1", "phase2", "phase4c_cvfm", "phase5_scrc", "export")]
+    return {str(p.relative_to(folder)): splits.sha256_file(p) for f in folders for p in sorted(f.rglob("*"))
+            if p.is_file() and p.name not in skip and p != Path(folder, "phase1", "metrics.csv")}      # holds seconds
+
+
+def test_full_pipeline_leaves_every_artifact(done):
+    _, paths = done
+    for name in sv.ARTIFACTS:
+        if name not in ("gate_json", "peft_adapters", "explora_lora"):       # made by other settings
+            assert getattr(paths, name).exists(), name
+    plots = {p.name for p in paths.evaluation_dir.glob("*.png")}
+    assert plots == {"roc_curve.png", "pr_curve.png", "confusion_matrix.png", "reliability_diagram.png", "risk_coverage.png"}
+    for p in [*paths.evaluation_dir.glob("*.png"), paths.mcc_curve_plot, paths.reliability_plot]:
+        image = np.asarray(Image.open(p))
+        assert image.std() > 5 and min(image.shape[:2]) > 200
+
+
+def test_manifest_names_commit_inputs_and_outputs_by_hash(done):
+    _, paths = done
+    for step in sv.STEPS.values():
+        m = json.loads((getattr(paths, step.folder) / "manifest.json").read_text())
+        assert m["schema"] == "streetvision/manifest@1" and m["git_sha"] and len(m["config_hash"]) == 12
+        assert m["outputs"] and "splits" in m["inputs"]
+        for fact in m["outputs"].values():
+            assert splits.sha256_file(getattr(paths, step.folder) / fact["path"]) == fact["sha256"]
+    assert m["splits"] == {}                                                 # the export opens no split at all
+
+
+def test_sweep_csv_has_the_header_and_a_row_per_threshold(done):
+    lines = done[1].threshold_sweep_csv.read_text().splitlines()
+    assert lines[0] == "threshold,mcc,tp,tn,fp,fn" and len(lines) == 102
+
+
+def test_report_has_intervals_and_paired_differences(done):
+    r = json.loads(done[1].evaluation_report_json.read_text())
+    assert set(r["results"]) == {"single_view", "multiview_mean", "cvfm_inference", "cvfm_trained", "bundle"}
+    cell = r["results"]["bundle"]["scrc"]
+    assert cell["ci"]["mcc"]["lower"] <= cell["metrics"]["mcc"] <= cell["ci"]["mcc"]["upper"]
+    assert len(r["paired"]) == 4 and all({"diff", "lower", "upper", "supported"} <= set(d["mcc"]) for d in r["paired"].values())
+    assert r["bootstrap"]["unit"] == "group" and r["leakage_check"] == "pass"
+    assert {s["slice"] for s in r["slices"]} >= {"perturb_level", "shift"}
+    c = cell["counts"]
+    assert sum(c.values()) == r["n_samples"]
+
+
+def test_evaluation_twice_is_the_same_report_and_quick_has_no_plots(done, tmp_path):
+    cfg, paths = done
+    before = paths.evaluation_report_json.read_bytes()
+    sv.evaluate(cfg)
+    assert paths.evaluation_report_json.read_bytes() == before
+    copy = shutil.copytree(paths.run, tmp_path / "copy", ignore=shutil.ignore_patterns("evaluation"))
+    sv.evaluate(dataclasses.replace(cfg, out=str(copy), mode="quick"))
+    assert not list((copy / "evaluation").glob("*.png"))
+
+
+def test_evaluation_needs_nothing_of_the_phases(done, tmp_path):
+    cfg, paths = done
+    home = tmp_path / "moved"
+    home.mkdir()
+    shutil.copytree(paths.export_dir, home / "export")
+    shutil.copy(paths.splits_json, home)
+    report = sv.evaluate(dataclasses.replace(cfg, out="elsewhere", bundle=str(home / "export" / "bundle.json"), mode="quick"))
+    whole = json.loads(paths.evaluation_report_json.read_text())
+    assert report["results"]["bundle"]["scrc"]["metrics"] == whole["results"]["bundle"]["scrc"]["metrics"]
+
+
+def test_complete_phases_are_skipped_and_damage_is_noticed(done, tmp_path):
+    cfg, paths = done
+    home = shutil.copytree(paths.run, tmp_path / "again")
+    (home / ".lock").unlink(missing_ok=True)
+    cfg, p = dataclasses.replace(cfg, out=str(home)), sv.Paths(str(home))
+    times = lambda: {k: (getattr(p, s.folder) / "manifest.json").stat().st_mtime_ns for k, s in sv.STEPS.items()}
+    old = times()
+    sv.train(cfg)
+    assert times() == old
+    raw = bytearray(p.thresholds_json.read_bytes())
+    raw[-3] ^= 1
+    p.thresholds_json.write_bytes(raw)
+    with pytest.raises(run.UserError, match="phase2 is stale"):
+        sv.train(dataclasses.replace(cfg, phases="phase6"))
+    sv.train(dataclasses.replace(cfg, phases="phase2,phase5,phase6"))
+    new = times()
+    assert new["phase1"] == old["phase1"] and new["phase2"] > old["phase2"] and new["phase6"] > old["phase6"]
+
+
+def test_other_phase_settings_make_it_stale_and_other_data_settings_are_refused(done, tmp_path):
+    cfg, paths = done
+    home = shutil.copytree(paths.run, tmp_path / "again")
+    (home / ".lock").unlink(missing_ok=True)
+    with pytest.raises(run.UserError, match="another --out"):
+        sv.train(dataclasses.replace(cfg, out=str(home), seed=1))
+
+
+def test_phase_order_is_enforced(data, tmp_path):
+    with pytest.raises(run.UserError, match="run the earlier phases first"):
+        sv.train(config(tmp_path, data, phases="phase2"))
+    with pytest.raises(run.UserError, match="did you mean 'phase5'"):
+        sv.train(config(tmp_path, data, phases="phaze5"))
+
+
+def test_moved_bundle_predicts_bit_identically_and_as_the_pipeline_did(done, data, tmp_path):
+    _, paths = done
+    home = shutil.copytree(paths.export_dir, tmp_path / "b")
+    a, b = sv.RoadworkPredictor(paths.bundle_json), sv.RoadworkPredictor(home / "bundle.json")
+    rows = {r.split(",")[0]: r.split(",") for r in paths.predictions_csv.read_text().splitlines()[1:]}
+    for k, name in enumerate(list(rows)[:3]):
+        image = Image.open(data / name)
+        assert a(image) == b(image)
+        context = [Image.open(p) for p in sorted((data / "images").glob(name[7:13] + "_*")) if p.name != name[7:]]
+        assert a.explain(image, context)["p_out"] == pytest.approx(float(rows[name][6]), abs=1e-5)
+    out = a.explain(image)
+    assert (out["p_out"] > 0.5) == bool(out["pred"]) and out["set"] and sum(out["weights"]) == pytest.approx(1)
+
+
+def fails(path, text):
+    with pytest.raises(run.UserError) as caught:
+        bundle.check(path)
+    assert re.search(text, str(caught.value)) and "\n" not in str(caught.value), str(caught.value)
+
+
+def test_damaged_bundles_are_refused_with_one_line(done, tmp_path):
+    home = shutil.copytree(done[1].export_dir, tmp_path / "b")
+    file = home / "bundle.json"
+    assert bundle.check(file) == "bundle" and bundle.check(home / "scrc_params.json") == "scrc policy"
+    good = file.read_text()
+
+    def edited(**change):
+        file.write_text(json.dumps({**json.loads(good), **change}))
+    weights = (home / "model.safetensors").read_bytes()
+    (home / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    fails(file, "model.safetensors does not match its hash")
+    with pytest.raises(run.UserError, match="hash"):
+        sv.RoadworkPredictor(file)
+    (home / "model.safetensors").unlink()
+    fails(file, "model.safetensors is missing")
+    (home / "model.safetensors").write_bytes(weights)
+    for bad, text in (("../model.safetensors", "unsafe path"), ("/etc/passwd", "unsafe path")):
+        edited(model_checkpoint=bad)
+        fails(file, text)
+    edited(policy=[1, 2])
+    fails(file, "exactly one")
+    edited(policy=None)
+    fails(file, "without policy")
+    file.write_bytes(b"\x80\x04\x95\x10\x00\x00\x00")                        # the start of a pickle
+    fails(file, "is not JSON")
+
+
+def test_policy_checker_reads_types_and_ranges(tmp_path):
+    path = tmp_path / "p.json"
+    for value, text in (({"policy_type": "magic"}, "none of"), ({"policy_type": "threshold"}, "without threshold"),
+                        ({"policy_type": "threshold", "threshold": 1.5}, "outside"),
+                        ({"policy_type": "threshold", "threshold": True}, "finite"),
+                        ({"policy_type": "scrc", "scrc_params": {}}, "without calibrator")):
+        path.write_text(json.dumps(value))
+        fails(path, text)
+    path.write_text(json.dumps({"policy_type": "threshold", "threshold": 0.4}))
+    assert bundle.policy_errors(path) == [] and bundle.policy_errors(path, "scrc")
+    with pytest.raises(ValueError):
+        bundle.write_json(path, {"x": float("nan")})
+
+
+def test_archives_are_deterministic_and_refuse_to_climb_out(done, tmp_path):
+    root = done[1].export_dir
+    names = ["bundle.json", "model.safetensors"]
+    for name in ("a", "b"):
+        bundle.write_archive(tmp_path / f"{name}.tar.gz", root, names[::1 if name == "a" else -1])
+    assert (tmp_path / "a.tar.gz").read_bytes() == (tmp_path / "b.tar.gz").read_bytes()
+    assert bundle.extract(done[1].bundle_tar, tmp_path / "out") and bundle.check(tmp_path / "out" / "bundle.json") == "bundle"
+    for k, (name, kind) in enumerate((("../evil", tarfile.REGTYPE), ("/evil", tarfile.REGTYPE), ("link", tarfile.SYMTYPE))):
+        bad = tmp_path / f"bad{k}.tar.gz"
+        with tarfile.open(bad, "w:gz") as tar:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+        fails(bad, "unsafe path|plain file")
+
+
+def test_export_lists_everything_that_is_missing(data, tmp_path):
+    cfg = config(tmp_path, data, model_weights="weights.safetensors")
+    store = type("Store", (), dict(sha256="0"))()
+    with pytest.raises(run.UserError) as caught:
+        sv.run_phase6(sv.Job((cfg, None, sv.Paths(str(tmp_path)), store, None)))
+    assert all(word in str(caught.value) for word in ("phase1 model", "phase5 policy", "splits", "licence"))
+
+
+def test_stop_and_resume_gives_the_same_weights(data, done, tmp_path, monkeypatch):
+    """Stopped in the middle of an epoch of phase 1: the same bytes as a straight run (one thread, CPU)."""
+    cfg, paths = done
+    home = shutil.copytree(paths.run, tmp_path / "again", ignore=shutil.ignore_patterns("phase1", ".lock"))
+    cfg = dataclasses.replace(cfg, out=str(home), phases="phase1")
+    calls = itertools.count(1)
+    real = run.save_if_due
+
+    def stopping(out, step, steps, every, state, ddp, ranked=None):
+        monkeypatch.setattr(run, "_stop", next(calls) == 1)
+        real(out, step, steps, every, state, ddp, ranked)
+    monkeypatch.setattr(run, "save_if_due", stopping)
+    with pytest.raises(run.Interrupted):
+        sv.train(cfg)
+    assert json.loads((home / "pipeline_state.json").read_text())["phase1"]["status"] == "failed"
+    sv.train(cfg)
+    for name in ("model_best", "model_last", "model_ema"):
+        assert getattr(sv.Paths(str(home)), name).read_bytes() == getattr(paths, name).read_bytes()
+    assert not (home / "phase1" / "ckpt").exists()
+
+
+# --- leakage ---------------------------------------------------------------
+
+
+def poisoned(data, paths, tmp_path, which, seed=0):
+    """The data set with random labels on one split, and a fresh run directory with the same splits."""
+    new = shutil.copytree(data, tmp_path / "data")
+    rows = [json.loads(r) for r in (new / "index.jsonl").read_text().splitlines()]
+    where = json.loads(paths.splits_json.read_text())["split"]
+    rng = np.random.default_rng(seed)
+    for r in rows:
+        if where[r["path"]] == which or which == "ALL":
+            r["label"] = int(rng.integers(2))
+    (new / "index.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    home = tmp_path / "run"
+    home.mkdir()
+    shutil.copy(paths.splits_json, home)                 # the salt search may look at class counts; not what is tested
+    return new, home
+
+
+def test_poison_val_test_changes_no_artifact(data, done, tmp_path):
+    new, home = poisoned(data, done[1], tmp_path, "VAL_TEST")
+    sv.train(config(home, new))
+    assert shas(home) == shas(done[1].run)
+
+
+def test_poison_val_calib_changes_only_what_is_fitted_on_it(data, done, tmp_path):
+    new, home = poisoned(data, done[1], tmp_path, "VAL_CALIB")
+    sv.train(config(home, new))
+    a, b = shas(home), shas(done[1].run)
+    same = ("explora_checkpoint", "model_best", "model_last", "model_ema", "cvfm_weights", "export/model.safetensors")
+    assert all(a[k] == b[k] for k in a if any(s in k for s in same))
+    assert a["phase5_scrc/scrc_params.json"] != b["phase5_scrc/scrc_params.json"]
+    assert a["phase2/threshold_sweep.csv"] != b["phase2/threshold_sweep.csv"]
+
+
+def test_phase4a_is_blind_to_labels(data, done, tmp_path):
+    new, home = poisoned(data, done[1], tmp_path, "ALL")
+    sv.train(config(home, new, phases="phase4a"))
+    assert sv.Paths(str(home)).explora_checkpoint.read_bytes() == done[1].explora_checkpoint.read_bytes()
+
+
+def test_every_combination_outside_the_table_is_refused(done, data, tmp_path):
+    shutil.copy(done[1].splits_json, tmp_path)
+    store = sv.SplitStore(data, tmp_path, sv.ROLES, blind=("phase4a_explora",))
+    opened = 0
+    for phase, split, purpose in itertools.product((*sv.PHASES, "evaluate"), (*splits.SHARES, *splits.PARTS),
+                                                   ("grad", "select", "fit", "report")):
+        if purpose in sv.ROLES.get((phase, split), ()):
+            rows = store.open(split, phase, purpose).rows
+            assert phase != "phase4a_explora" or all("label" not in r for r in rows)
+            opened += 1
+        else:
+            with pytest.raises(splits.LeakageError):
+                store.open(split, phase, purpose)
+    assert opened == sum(len(set(v) - {"infer_frozen"}) for v in sv.ROLES.values())
+    assert len((tmp_path / "access_log.jsonl").read_text().splitlines()) == opened
+    splits.check_access_log(tmp_path)
+    with open(tmp_path / "access_log.jsonl", "a") as file:
+        file.write(json.dumps(dict(split="VAL_TEST", phase="phase1", time="now")) + "\n")
+    with pytest.raises(splits.LeakageError, match="opened by phase1"):
+        splits.check_access_log(tmp_path)
+
+
+def test_calibration_images_open_only_for_a_frozen_model(done, data, tmp_path):
+    shutil.copy(done[1].splits_json, tmp_path)
+    store = sv.SplitStore(data, tmp_path, sv.ROLES)
+    net, file = torch.nn.Linear(1, 1), tmp_path / "w"
+    with pytest.raises(splits.LeakageError):
+        store.open("VAL_CALIB", "phase1", "infer_frozen", file, "", net)
+    file.write_bytes(b"x")
+    with pytest.raises(splits.LeakageError, match="not the frozen"):
+        store.open("VAL_CALIB", "phase1", "infer_frozen", file, "0", net)
+    samples = store.open("VAL_CALIB", "phase1", "infer_frozen", file, splits.sha256_file(file), net)
+    with pytest.raises(splits.LeakageError, match="eval"):
+        samples.image(0)
+    with torch.no_grad():
+        net.eval()
+        assert samples.image(0).size == (64, 64)
+
+
+def rows_of(groups, frames=3):
+    return [dict(id=f"{g}_{k}", path=f"{g}_{k}", label=int(g % 2), group=f"g{g}") for g in range(groups) for k in range(frames)]
+
+
+def test_splits_are_by_group_stable_under_growth_and_near_their_shares():
+    a, b = splits.make_splits(rows_of(400)), splits.make_splits(rows_of(500))
+    assert not splits.leaks(a) and len(a["split"]) == 1200
+    assert a == splits.make_splits(rows_of(400)) and a["salt"] == b["salt"] == "0"
+    assert all(b["split"][k] == v for k, v in a["split"].items())
+    for name, share in splits.SHARES.items():                                # 4 binomial standard errors of 400 groups
+        assert abs(a["counts"][name] / 1200 - share) < 4 * math.sqrt(share * (1 - share) / 400)
+    assert len(splits.leaks(splits.make_splits(rows_of(400), "image"))) > 100
+
+
+def test_near_duplicates_join_groups(tmp_path):
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(np.kron(rng.integers(0, 255, (8, 9, 3)), np.ones((8, 8, 1))).astype(np.uint8)) for _ in range(6)]
+    images.append(images[0].point(lambda v: min(v + 3, 255)))                # the first, a little brighter
+    rows = []
+    for k, im in enumerate(images):
+        im.save(tmp_path / f"{k}.png")
+        rows.append(dict(id=str(k), path=f"{k}.png", group=f"g{k}", label=0))
+    assert splits.merge_duplicates(rows, tmp_path) == 1
+    assert rows[0]["group"] == rows[6]["group"] and len({r["group"] for r in rows}) == 6
+
+
+def test_index_reader_guesses_nothing(tmp_path):
+    (tmp_path / "roadwork").mkdir()
+    (tmp_path / "no_roadwork").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "roadwork" / "a.png")
+    assert [(r["label"], r["group"]) for r in splits.read_index(tmp_path)] == [(1, "roadwork/a.png")]
+    (tmp_path / "maybe").mkdir()
+    with pytest.raises(run.UserError, match="maybe"):
+        splits.read_index(tmp_path)
+    (tmp_path / "index.jsonl").write_text('{"path": "a", "label": 2}\n')
+    with pytest.raises(run.UserError, match="row 1"):
+        splits.read_index(tmp_path)
+
+
+# --- model and adapters -----------------------------------------------------
+
+
+@pytest.mark.parametrize("name, params, tensors", [
+    ("vits16", 21_596_544, 211), ("vits16plus", 28_692_864, 235), ("vitb16", 85_660_416, 211),
+    ("vitl16", 303_129_600, 415), ("vith16plus", 840_592_640, 615)])
+def test_published_sizes_have_the_published_parameters(name, params, tensors):
+    with torch.device("meta"):
+        vit = sv.ViT.sized(name)
+    state = vit.state_dict()
+    assert sum(t.numel() for t in state.values()) == params and len(state) == tensors
+    assert "layer.0.attention.k_proj.bias" not in state and "layer.0.layer_scale1.lambda1" in state
+
+
+@pytest.mark.parametrize("name, targets, r, count, dora", [
+    ("vitl16", "qkv", 16, 2_359_296, 73_728), ("vitl16", "qv", 64, 6_291_456, 49_152),
+    ("vith16plus", "qkvo", 16, 5_242_880, 163_840), ("vitb16", "qkv", 32, 1_769_472, 27_648)])
+def test_adapter_counts_are_those_of_the_table(name, targets, r, count, dora):
+    with torch.device("meta"):
+        vit = sv.ViT.sized(name)
+    shapes = [m.weight.shape for *_, m in adapters.linears(vit, tuple(targets))]
+    assert sum(r * (o + i) for o, i in shapes) == count and sum(o for o, _ in shapes) == dora
+
+
+def test_vit_reads_its_own_file_under_both_prefixes_and_lists_every_fault(tmp_path):
+    vit, x = tiny_vit().eval(), torch.randn(2, 3, 16, 24)
+    want = vit(x)
+    assert want["cls"].shape == (2, 32) and want["patches"].shape == (2, 6, 32)
+    for prefix in ("", "model."):
+        state = {prefix + k: v for k, v in vit.state_dict().items() if "mask_token" not in k}
+        run.save_weights(tmp_path / "w.safetensors", state, {})
+        assert torch.equal(sv.ViT.load(tmp_path / "w.safetensors", 2)(x)["cls"], want["cls"])
+    del state["model.norm.bias"]
+    state["model.extra"] = torch.zeros(1)
+    state["model.norm.weight"] = torch.zeros(3)
+    run.save_weights(tmp_path / "w.safetensors", state, {})
+    with pytest.raises(run.UserError) as caught:
+        sv.ViT.load(tmp_path / "w.safetensors", 2)
+    assert all(word in str(caught.value) for word in ("missing norm.bias", "unexpected extra", "norm.weight is (3,)"))
+
+
+def test_metas_own_files_convert_to_the_same_network(tmp_path):
+    vit, x = tiny_vit().eval(), torch.randn(1, 3, 16, 16)
+    s, out = vit.state_dict(), {}
+    for k, v in s.items():
+        k = k.replace("layer.", "blocks.").replace("layer_scale1.lambda1", "ls1.gamma").replace("layer_scale2.lambda1", "ls2.gamma")
+        k = k.replace("mlp.up_proj", "mlp.fc1").replace("mlp.down_proj", "mlp.fc2").replace("attention.o_proj", "attn.proj")
+        k = k.replace("embeddings.patch_embeddings", "patch_embed.proj").replace("embeddings.register_tokens", "storage_tokens")
+        out[k.replace("embeddings.", "")] = v
+    for n in range(2):
+        qkv = [out.pop(f"blocks.{n}.attention.{c}_proj.weight") for c in "qkv"]
+        bias = [out.pop(f"blocks.{n}.attention.q_proj.bias"), torch.full((32,), 9.0), out.pop(f"blocks.{n}.attention.v_proj.bias")]
+        out |= {f"blocks.{n}.attn.qkv.weight": torch.cat(qkv), f"blocks.{n}.attn.qkv.bias": torch.cat(bias),
+                f"blocks.{n}.attn.qkv.bias_mask": torch.ones(96)}
+    out["mask_token"], out["rope_embed.periods"] = out["mask_token"][0], torch.ones(4)
+    torch.save(out, tmp_path / "meta.pth")
+    assert torch.equal(sv.ViT.load(tmp_path / "meta.pth", 2)(x)["cls"], vit(x)["cls"])
+
+
+def test_positions_stretch_only_in_training():
+    vit, x = tiny_vit().double(), torch.randn(1, 3, 32, 32).double()
+    vit.rope_stretch = 2.0
+    with torch.no_grad():
+        assert not torch.equal(vit.train()(x)["cls"], vit(x)["cls"])
+        assert torch.equal(vit.eval()(x)["cls"], vit(x)["cls"])
+
+
+@pytest.mark.parametrize("kind, rslora, init", list(itertools.product(("lora", "dora"), (False, True), ("default", "gaussian", "pissa"))))
+def test_adapters_start_neutral_follow_their_equation_and_merge(kind, rslora, init):
+    torch.manual_seed(1)
+    plain = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(24, 16)})
+    W, b, x = plain["q_proj"].weight.detach().clone(), plain["q_proj"].bias, torch.randn(5, 24)
+    net = sv.adapt(plain, kind, 4, 8.0, rslora, init, ("q",))
+    layer = net["q_proj"]
+    assert torch.allclose(layer(x), F.linear(x, W, b), atol=2e-6)            # float32 rounding of an SVD
+    assert layer.scaling == (4.0 if rslora else 2.0) and not layer.weight.requires_grad
+    with torch.no_grad():
+        layer.A += 0.1 * torch.randn_like(layer.A)
+        layer.B += 0.1 * torch.randn_like(layer.B)
+        base = W if init != "pissa" else W - layer.scaling * layer.B0 @ layer.A0
+        V = base + layer.scaling * layer.B @ layer.A
+        if kind == "dora":
+            layer.m *= 1.1
+            V = layer.m[:, None] * V / V.norm(dim=1, keepdim=True)
+    want = F.linear(x, V, b)
+    assert torch.allclose(layer(x), want, atol=1e-5)
+    tensors, meta = adapters.adapter_tensors(net)
+    original = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(24, 16)})
+    original["q_proj"].load_state_dict(dict(weight=W, bias=b))
+    adapters.apply_adapters(original, tensors, meta)
+    sv.merge(net)
+    assert type(net["q_proj"]) is torch.nn.Linear and net["q_proj"].weight.requires_grad
+    assert torch.allclose(net["q_proj"](x), want, atol=1e-5) and torch.allclose(original["q_proj"](x), want, atol=1e-5)
+
+
+def test_pissa_takes_the_leading_directions_out_and_only_adapters_learn():
+    vit = tiny_vit()
+    W = vit.layer[1].attention["q_proj"].weight.detach().clone()
+    sv.adapt(vit, "lora", 4, 4.0, init="pissa", targets=("q",), blocks=[1])
+    left = torch.linalg.svdvals(vit.layer[1].attention["q_proj"].weight)
+    assert torch.allclose(left[0], torch.linalg.svdvals(W)[4], rtol=1e-4)
+    assert [n for n, p in vit.named_parameters() if p.requires_grad] == ["layer.1.attention.q_proj.A", "layer.1.attention.q_proj.B"]
+    with pytest.raises(ValueError, match="layer"):
+        sv.adapt(tiny_vit(), targets=("layer",))
+
+
+def test_dora_gradient_treats_the_norm_as_constant():
+    torch.manual_seed(0)
+    lin = torch.nn.ModuleDict({"q": torch.nn.Linear(6, 5, bias=False)})
+    layer = sv.adapt(lin, "dora", 2, 2.0, targets=("q",))["q"]
+    with torch.no_grad():
+        layer.B += torch.randn_like(layer.B)
+    x, up = torch.randn(3, 6), torch.randn(3, 5)
+    (layer(x) * up).sum().backward()
+    gain = (layer.m / layer.full().norm(dim=1)).detach()
+    assert torch.allclose(layer.A.grad, layer.B.detach().T @ (gain * up).T @ x, atol=1e-5)
+
+
+# --- losses -------------------------------------------------------------------
+
+
+def test_nt_xent_equals_a_loop():
+    torch.manual_seed(0)
+    z1, z2, T = torch.randn(5, 8), torch.randn(5, 8), 0.3
+    z = [v / v.norm() for v in torch.cat([z1, z2])]
+    terms = [-(z[i] @ z[(i + 5) % 10]) / T + math.log(sum(math.exp(z[i] @ z[j] / T) for j in range(10) if j != i)) for i in range(10)]
+    assert float(sv.nt_xent(z1, z2, T)) == pytest.approx(float(sum(terms) / 10), abs=1e-5)
+    assert float(sv.nt_xent(z2, z1, T)) == pytest.approx(float(sv.nt_xent(z1, z2, T)), abs=1e-6)
+
+
+@pytest.mark.parametrize("N, collapsed, perfect", [(16, 3.434, 0.00136), (64, 4.844, 0.00570), (256, 6.236, 0.02289)])
+def test_nt_xent_reference_values(N, collapsed, perfect):
+    one = torch.ones(N, 4)
+    assert float(sv.nt_xent(one, one, 0.1)) == pytest.approx(collapsed, abs=1e-3) == pytest.approx(math.log(2 * N - 1), abs=1e-3)
+    eye = torch.eye(N)
+    assert float(sv.nt_xent(eye, eye, 0.1)) == pytest.approx(perfect, abs=1e-5)
+
+
+def test_gradcache_is_the_full_batch_and_microbatches_are_not():
+    torch.manual_seed(0)
+    net, x = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 8)), torch.randn(2, 12, 6)
+    cfg = sv.Config(phase4a_temperature=0.2)
+
+    def grads(parts, negatives):
+        net.zero_grad()
+        loss = sv.simclr_step(net, parts, dataclasses.replace(cfg, phase4a_negatives=negatives), (0,))[0]
+        return float(loss), torch.cat([p.grad.flatten().clone() for p in net.parameters()])
+    whole, g = grads([x], "gradcache")
+    parts = list(x.split(4, 1))
+    cached, g2 = grads(parts, "gradcache")
+    alone, g3 = grads(parts, "microbatch")
+    assert cached == pytest.approx(whole, abs=1e-6) and torch.allclose(g, g2, atol=1e-6)
+    assert alone < whole - 0.1 and not torch.allclose(g, g3, atol=1e-3)      # fewer negatives: another, easier problem
+
+
+TWO_RANKS = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+import streetvision as sv
+from common import run
+rank = int(sys.argv[2])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=2)
+torch.manual_seed(0)
+net, x = torch.nn.Linear(6, 8), torch.randn(2, 8, 6)
+mine = x[:, rank * 4:rank * 4 + 4]
+loss = sv.simclr_step(net, [mine], sv.Config(phase4a_temperature=0.2), (0,))[0]
+params = list(net.parameters())
+sv.average_gradients(params, run.Ranks(rank, 2, torch.device("cpu")))
+got = torch.cat([p.grad.flatten() for p in params])
+full = sv.nt_xent(*net(x.flatten(0, 1)).chunk(2), 0.2)
+want = torch.cat([g.flatten() for g in torch.autograd.grad(full, params)])
+assert abs(float(loss) - float(full)) < 1e-6 and torch.allclose(got, want, atol=1e-6), (float(loss), float(full), got - want)
+dist.destroy_process_group()
+"""
+
+
+def test_two_gloo_ranks_give_the_gradients_of_one_process(tmp_path):
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    ranks = [subprocess.Popen([sys.executable, "-c", TWO_RANKS, str(ROOT), str(k), str(tmp_path / "meet")], env=env,
+                              stderr=subprocess.PIPE, text=True) for k in range(2)]
+    for r in ranks:
+        _, error = r.communicate(timeout=240)
+        assert r.returncode == 0, error
+
+
+def test_focal_loss_is_ce_at_gamma_zero_weighs_by_class_and_has_its_gradient():
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 2, dtype=torch.double).requires_grad_(), torch.arange(12) % 2
+    assert float(sv.focal_loss(x, y, None, 0.0)) == pytest.approx(float(F.cross_entropy(x.float(), y)), abs=1e-6)
+    p = x.softmax(1)[torch.arange(12), y]
+    want = ((torch.where(y == 1, 0.3, 0.7)) * (1 - p) ** 2 * -p.log()).mean()
+    assert float(sv.focal_loss(x, y, 0.3, 2.0)) == pytest.approx(float(want), abs=1e-6)
+    soft = F.one_hot(y, 2).float()
+    assert torch.allclose(sv.focal_loss(x, soft, 0.3), sv.focal_loss(x, y, 0.3))
+    g, = torch.autograd.grad(sv.focal_loss(x, y), x)
+    h = torch.autograd.grad((torch.where(y == 1, 0.25, 0.75) * (1 - p) ** 2 * -p.log()).mean(), x)[0]
+    assert torch.allclose(g, h, atol=1e-6)                                   # float32 inside against float64
+
+
+def test_task_losses_on_hard_and_soft_targets():
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 2), torch.tensor([0, 1, 1, 0, 1, 1, 1, 0])
+    soft, w = F.one_hot(y, 2).float(), torch.tensor([1.0, 2.5])
+    cfg = sv.Config(phase1_loss="weighted_ce")
+    assert torch.allclose(sv.task_loss(x, soft, cfg, w), F.cross_entropy(x, y, w))
+    smooth = sv.Config(phase1_loss="ce", phase1_smoothing=0.1)
+    assert torch.allclose(sv.task_loss(x, soft, smooth, w), F.cross_entropy(x, y, label_smoothing=0.1))
+
+
+def test_schedule_warms_up_then_falls_on_a_cosine():
+    lr = [sv.lr_at(k, 100, 1.0) for k in range(100)]
+    assert lr[0] == pytest.approx(0.01) and lr[5] == pytest.approx(0.505) and lr[10] == 1.0
+    assert lr[55] == pytest.approx((1 + 1e-6) / 2) and all(a > b for a, b in zip(lr[10:], lr[11:])) and lr[-1] < 1e-2
+
+
+def test_byol_swav_parts():
+    assert selfsup.byol_momentum(0, 10) == pytest.approx(0.996) and selfsup.byol_momentum(10, 10) == 1
+    z = torch.randn(6, 4)
+    assert float(selfsup.byol_loss(z, z, 3 * z, 2 * z)) == pytest.approx(0, abs=1e-6)
+    q = selfsup.sinkhorn(torch.randn(64, 8) * 0.1)
+    assert torch.allclose(q.sum(1), torch.ones(64), atol=1e-5) and torch.allclose(q.sum(0), torch.full((8,), 8.0), atol=0.5)
+    shadow = {"w": torch.zeros(2)}
+    selfsup.average_into(shadow, {"w": torch.ones(2)}, 0.9)
+    assert torch.allclose(shadow["w"], torch.full((2,), 0.1))
+
+
+@pytest.mark.parametrize("objective", ["byol", "swav", "byol_swav"])
+def test_other_objectives_train_a_backbone(data, done, tmp_path, objective):
+    home = tmp_path / "run"
+    (home / "source").mkdir(parents=True)
+    shutil.copy(done[1].source_weights, home / "source")
+    sv.train(config(home, data, phases="phase4a", phase4a_objective=objective, steps=2, phase4a_hidden=16, phase4a_batch=8))
+    a, b = (sv.ViT.load(f, 4).state_dict() for f in (sv.Paths(str(home)).explora_checkpoint, done[1].source_weights))
+    assert any(not torch.equal(a[k], b[k]) for k in a) and all(torch.isfinite(v).all() for v in a.values())
+
+
+def test_peft_head_gate_and_focal_runs_train(data, done, tmp_path):
+    """The other ways through phase 1: DoRA + PiSSA with the gate, then a frozen backbone with focal loss."""
+    small = dict(data=str(data), phases="phase1", model_init_from_explora=False, phase1_epochs=1, phase1_gate_epochs=1, steps=2)
+    for name, more in (("peft", dict(phase1_mode="peft", data_augment="gate", peft_rank=4, phase1_accumulate=2, phase1_batch=8,
+                                     phase1_mix=True, data_erasing=0.5, data_perturb=0.5)),
+                       ("head", dict(phase1_mode="head", phase1_loss="focal", hardware_precision="bf16"))):
+        home = tmp_path / name
+        (home / "source").mkdir(parents=True)
+        shutil.copy(done[1].source_weights, home / "source")
+        sv.train(config(home, **{**small, **more}))
+        paths = sv.Paths(str(home))
+        net, source = sv.load_model(paths.model_best), sv.ViT.load(done[1].source_weights, 4)
+        moved = [k for k, v in source.state_dict().items() if not torch.allclose(net.backbone.state_dict()[k], v, atol=1e-6)]
+        assert all(re.search(r"[qkvo]_proj.weight", k) for k in moved) and bool(moved) == (name == "peft")
+        assert paths.gate_json.is_file() == (name == "peft") == paths.peft_adapters.is_file()
+        logits = run.load_weights(paths.val_calib_logits)[0]["logits"]
+        assert torch.isfinite(logits).all()
+
+
+def test_gate_decision_table():
+    table = [(0.5, 0.3, 0.6, 0.9, True), (0.5, 0.3, 0.48, 0.2, True), (0.5, 0.3, 0.48, 0.4, False), (0.5, 0.3, 0.46, 0.1, False)]
+    for mcc0, fnr0, mcc1, fnr1, want in table:
+        assert sv.gate_accepts(dict(val_mcc=mcc0, val_fnr=fnr0), dict(val_mcc=mcc1, val_fnr=fnr1)) is want
+
+
+# --- pictures ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return streets.frame(0, 5, 0)[0]
+
+
+def test_every_operation_keeps_size_at_both_ends(picture):
+    for name in augment.OPS:
+        table = augment.magnitudes(name, 31, 0.99, 32.0, 135.0, 0.99, 6)
+        for m in (0.0,) if table is None else (float(table[0]), float(table[-1]), -float(table[-1]))[:3 if name in augment.SIGNED else 2]:
+            out = augment.apply_op(picture, name, m)
+            assert out.size == picture.size and out.mode == "RGB"
+    assert augment.magnitudes("Posterize", 31, 0, 0, 0, 0, 6).tolist()[:9] == [8, 8, 8, 7, 7, 7, 7, 7, 6]
+    assert augment.magnitudes("Posterize", 10, 0, 0, 0, 0, 4, 4).tolist() == [4, 4, 3, 3, 2, 2, 1, 1, 0, 0]
+    x = np.asarray(augment.apply_op(picture, "TranslateX", 10))
+    assert np.array_equal(x[:, 10:], np.asarray(picture)[:, :-10]) and not x[:, :10].any()
+
+
+def test_training_pictures_are_a_function_of_the_seed(picture):
+    for kind in ("basic", "strong", "rand"):
+        cfg = sv.Config(model_image=32, data_perturb=0.5, data_erasing=0.5)
+        a, b, c = (sv.train_picture(picture, cfg, run.generator(s), kind) for s in (1, 1, 2))
+        assert torch.equal(a, b) and not torch.equal(a, c) and a.shape == (3, 32, 32) and torch.isfinite(a).all()
+        v = sv.simclr_views(picture, cfg, run.generator(3))
+        assert v.shape == (2, 3, 32, 32) and not torch.equal(v[0], v[1])
+        assert torch.equal(v, sv.simclr_views(picture, cfg, run.generator(3)))
+
+
+def test_augmix_stays_between_its_ends_and_erasing_within_its_share(picture):
+    out = augment.aug_mix(picture, run.generator(0))
+    assert out.size == picture.size and np.asarray(out).dtype == np.uint8
+    x = torch.ones(3, 64, 64)
+    for seed in range(50):
+        share = float((augment.random_erasing(x, run.generator(seed), 1.0, (0.02, 0.33)) == 0).float().mean())
+        assert 0.015 < share < 0.345                                         # rounding of the sides moves the area a little
+    assert x.all() and augment.random_erasing(x, run.generator(0), 0.0) is x
+
+
+def test_mixing_keeps_pixels_and_targets_in_step():
+    x = torch.stack([torch.full((3, 16, 16), float(k)) for k in range(4)])
+    t = torch.eye(4)
+    for fn in (augment.mixup, augment.cutmix):
+        y, s = fn(x, t, run.generator(1))
+        value = torch.arange(4.0)
+        assert torch.allclose(y.mean((1, 2, 3)), s @ value, atol=1e-5) and torch.allclose(s.sum(1), torch.ones(4))
+
+
+def test_views_are_the_whole_and_overlapping_tiles(picture):
+    wide = picture.resize((90, 60))
+    samples = serving.Loose([wide])
+    x, boxes = views.make_views(samples, 0, 32, overlap=0.15)
+    assert x.shape == (10, 3, 32, 32) and boxes[0].tolist() == [0, 0, 90, 60]
+    assert boxes[5].tolist() == [30 - 4, 20 - 3, 60 + 4, 40 + 3]             # round(25.5) is 26 (half to even), 64.5 is 64
+    assert boxes[1].tolist()[:2] == [0, 0] and boxes[9].tolist()[2:] == [90, 60]
+    canvas, box = views.letterbox(wide, 120)
+    assert box == (0, 20, 120, 100) and canvas.size == (120, 120)
+    assert torch.allclose(x[0], views.resized(wide, 32))
+    x, _ = views.make_views(serving.Loose([wide, picture]), 0, 32, source="frames")
+    assert torch.equal(x[2], x[0]) and not torch.equal(x[1], x[0])
+
+
+def test_street_scenes_are_reproducible_balanced_and_hold_what_they_say():
+    a, fa = streets.frame(3, 7, 1)
+    b, fb = streets.frame(3, 7, 1)
+    assert a.tobytes() == b.tobytes() and fa == fb
+    label = [streets.layout(0, k)["label"] for k in range(400)]
+    assert 0.4 < np.mean(label) < 0.6                                        # 4 standard errors
+    for k in range(30):
+        things = {t[0] for t in streets.layout(0, k)["things"]}
+        assert bool(things & set(streets.POSITIVE)) == bool(label[k])
+    assert np.mean([streets.layout(0, k, "B")["night"] for k in range(200)]) > 0.45
+
+
+# --- fusion -----------------------------------------------------------------
+
+
+def test_fusion_weights_sum_to_one_and_follow_permutations():
+    torch.manual_seed(0)
+    logits, boxes = torch.randn(4, 5, 2), torch.rand(4, 5, 4).sort(-1).values * 10
+    boxes = boxes[..., [0, 1, 2, 3]]
+    order = torch.tensor([3, 0, 4, 1, 2])
+    for mode in sv.MODES[1:6]:
+        out, w = fusion.fuse(mode, logits, boxes)
+        assert torch.allclose(w.sum(1), torch.ones(4)) and out.shape == (4, 2)
+        out2, w2 = fusion.fuse(mode, logits[:, order], boxes[:, order])
+        assert torch.allclose(out, out2, atol=1e-6) and torch.allclose(w[:, order], w2, atol=1e-6)
+    assert torch.equal(fusion.fuse("single_view", logits)[0], logits[:, 0])
+    assert torch.allclose(fusion.fuse("soft_vote", logits)[0].softmax(1), logits.softmax(-1).mean(1), atol=1e-6)
+
+
+def test_sure_views_weigh_more_and_large_tiles_weigh_more():
+    logits = torch.tensor([[[0.0, 4.0], [0.0, 0.1]]])
+    for inverse in (False, True):
+        _, w = fusion.fuse("weighted_uncertainty", logits, inverse=inverse)
+        assert w[0, 0] > w[0, 1]
+    _, w = fusion.fuse("content_aware", logits, torch.tensor([[[0, 0, 4, 4], [0, 0, 2, 2.0]]]))
+    assert w[0].tolist() == pytest.approx([0.8, 0.2])
+
+
+def test_flex_attention_equals_sdpa_with_the_same_bias():
+    torch.manual_seed(0)
+    net = fusion.FlexFusion(4, 8, latent=16, heads=2).eval()
+    torch.nn.init.normal_(net.bias)
+    with torch.no_grad():
+        f = torch.randn(3, 4, 8)
+        assert torch.allclose(net(f, flex=True)[0], net(f)[0], atol=1e-5)
+
+
+def test_cvfm_starts_at_the_mean_and_trains_nothing_else():
+    torch.manual_seed(0)
+    f, head = torch.randn(40, 3, 8), torch.nn.Linear(8, 2)
+    net = sv.Classifier(tiny_vit(), "cls", "linear", 8, 0.0)
+    net.head = head
+    cfg = sv.Config(phase4c_epochs=2, phase4c_hidden=8, phase4c_latent=4, phase4c_lr=1e-2)
+    before = [p.clone() for p in net.parameters()]
+    y = np.arange(40) % 2
+    for mode in fusion.TRAINED:
+        module, rows = sv.train_fusion(mode, net, (f, None), (f, None), y, y, cfg)
+        assert len(rows) == 2 and all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
+    module = fusion.TrainableCVFM(3, 8, 8, 4).eval()
+    torch.nn.init.constant_(module.rho, -40.0)                               # rho = 0: the plain mean of features
+    logits, w, _ = module(f, head)
+    assert torch.allclose(logits, head(f.mean(1)), atol=1e-5) and torch.allclose(w, torch.full((40, 3), 1 / 3))
+
+
+# --- calibration --------------------------------------------------------------
+
+
+def toy(n, T=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    s = rng.normal(0, 2, n)
+    return expit(s * T), (rng.random(n) < expit(s)).astype(int)
+
+
+def test_temperature_platt_and_beta_recover_the_truth():
+    p, y = toy(20000, T=3.0)
+    fit = {m: sv.CALIBRATORS[m]().fit(p, y) for m in ("temperature", "platt", "beta")}
+    assert fit["temperature"].params["T"] == pytest.approx(3.0, abs=0.12)    # 3 standard errors at this n
+    assert fit["platt"].params["a"] == pytest.approx(1 / 3, abs=0.02) and abs(fit["platt"].params["b"]) < 0.06
+    want = expit(logit(p) / 3)
+    for c in fit.values():
+        assert np.abs(c(p) - want).max() < 0.05
+    rising = sv.CALIBRATORS["beta"]().fit(1 - p, y)                          # labels run against the score
+    assert rising.params["a"] == 0 and rising.params["b"] == 0
+
+
+def test_isotonic_maps_are_monotone_bounded_and_equal_block_means():
+    p, y = toy(400)
+    grid = np.linspace(0, 1, 501)
+    for m in ("isotonic", "isotonic_pchip"):
+        q = sv.CALIBRATORS[m]().fit(p, y)(grid)
+        assert np.all(np.diff(q) >= -1e-12) and q.min() >= 0 and q.max() <= 1
+    iso = sv.CALIBRATORS["isotonic"]().fit([0.1, 0.2, 0.2, 0.3, 0.4], [0, 1, 0, 0, 1])
+    assert iso([0.1, 0.2, 0.25, 0.3, 0.4, 0.9]) == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3, 1, 1])
+
+
+@pytest.mark.parametrize("name", list(sv.CALIBRATORS))
+def test_calibrators_reload_bit_for_bit_from_json(name):
+    p, y = toy(300, 2.0)
+    fitted = sv.CALIBRATORS[name]().fit(p, y)
+    again = sv.CALIBRATORS[name].from_json(json.loads(json.dumps(fitted.to_json())))
+    grid = np.linspace(0, 1, 97)
+    assert type(again) is type(fitted) and np.array_equal(fitted(grid), again(grid))
+    if name == "ensemble":
+        w = np.array(fitted.params["weights"])
+        assert len(w) == 3 and w.sum() == pytest.approx(1) and w.min() >= 0
+
+
+def test_calibration_choice_names_reasons_and_never_takes_a_collapsed_method():
+    p, y = toy(600, 3.0)
+    z = dict(prob=p, prob_mac=np.full(600, 0.5), label=y, group=np.arange(600) // 3)
+    rows, best = sv.compare_calibrators(z, 201)
+    status = {r["method"]: r["status"] for r in rows}
+    assert status["mac_cal"] == "rejected" and list(status.values()).count("selected") == 1 and status[best] == "selected"
+    nll = {r["method"]: r["cv_nll"] for r in rows}
+    assert nll[best] < nll["identity"]
+
+
+def test_mac_cal_retention_follows_the_confidence_gap():
+    assert sv_retention(0.9, 0.2) == pytest.approx(0.8) and sv_retention(0.6, 0.5) == 0.5 and sv_retention(0.9, -0.4) == 1.0
+
+
+def sv_retention(rho, gap):
+    from common.calibrate import retention
+    return retention(rho, gap)
+
+
+def test_threshold_is_the_middle_of_the_plateau():
+    logit2 = lambda p: np.log(np.stack([1 - np.array(p), np.array(p)], 1))
+    tau, best, m, curve = sv.select_threshold_max_mcc(logit2([0.1, 0.2, 0.7, 0.9]), [0, 0, 1, 1], 1001, return_curve=True)
+    assert best == 1 and tau == pytest.approx(0.45, abs=2e-3) and (m["tp"], m["fn"], m["fp"], m["tn"]) == (2, 0, 0, 2)
+    assert len(curve) == 1001 and list(inspect.signature(sv.select_threshold_max_mcc).parameters)[2] == "n_thresholds"
+    p, y = toy(500)
+    tau, best, *_ = sv.select_threshold_max_mcc(logit2(p), y, 301)
+    brute = max(binary_metrics(p, y, t)()["mcc"] for t in np.linspace(0, 1, 301))
+    assert best == pytest.approx(brute, abs=1e-12)
+
+
+# --- guarantees: simulations, with controls that must fail -------------------------
+
+
+def draw(rng, rows, n, sharpen=1.0):
+    s = rng.normal(0, 2.5, (rows, n))
+    return expit(sharpen * s), (rng.random((rows, n)) < expit(s)).astype(int)
+
+
+def scrc_trial(reps, n, xi, alpha, sharpen, seed):
+    rng = np.random.default_rng(seed)
+    cover, miss = np.zeros(reps), []
+    pc, yc = draw(rng, reps, n)
+    pt, yt = draw(rng, reps, 20, sharpen)
+    tie = rng.random((2, reps, max(n, 20)))
+    for i in range(reps):
+        c = conformal.scrc_thresholds(pc[i], yc[i], tie[0, i, :n], xi, alpha)
+        ok = conformal.accepts(pt[i], tie[1, i, :20], c["lambda1"], c["lambda1_tie"])
+        cover[i] = ok.mean()
+        bad = ~conformal.label_set(pt[i], c["lambda2"])[np.arange(20), yt[i]]
+        miss.append((bad[ok].sum(), ok.sum()))
+    miss = np.array(miss, float)
+    risk = miss[:, 0].sum() / miss[:, 1].sum()
+    error = np.std(miss[:, 0] - risk * miss[:, 1]) / np.sqrt(reps) / miss[:, 1].mean()
+    return cover.mean(), cover.std() / np.sqrt(reps), risk, error, c["k"] / (n + 1)
+
+
+def test_scrc_coverage_is_exact_and_risk_is_kept():
+    cover, cover_se, risk, risk_se, want = scrc_trial(2000, 150, 0.8, 0.05, 1.0, 0)
+    assert abs(cover - want) < 3 * cover_se and want >= 0.8
+    assert risk <= 0.05 + 3 * risk_se and risk > 0.02                        # kept, and not by refusing everything
+
+
+def test_scrc_fails_under_shift_so_the_simulation_has_power():
+    """Probabilities three times too sure at test time: the calibrated sets become too small."""
+    _, _, risk, se, _ = scrc_trial(600, 150, 0.8, 0.05, 3.0, 1)
+    assert risk > 0.05 + 3 * se
+
+
+def test_scrc_holds_with_ties():
+    """Isotonic probabilities take few values; a hash of the sample orders them."""
+    rng = np.random.default_rng(2)
+    taken = []
+    for _ in range(800):
+        p, y = draw(rng, 1, 120)
+        p = np.round(p[0] * 5) / 5
+        tie = rng.random(120)
+        c = conformal.scrc_thresholds(p[:100], y[0, :100], tie[:100], 0.7, 0.1)
+        taken.append(conformal.accepts(p[100:], tie[100:], c["lambda1"], c["lambda1_tie"]).mean())
+    assert abs(np.mean(taken) - math.ceil(0.7 * 101) / 101) < 3 * np.std(taken) / np.sqrt(800)
+
+
+def test_pac_threshold_violates_rarely_and_the_naive_rule_often():
+    rng = np.random.default_rng(3)
+    grid = np.quantile(np.maximum(*(lambda p: (p, 1 - p))(draw(rng, 1, 4000)[0][0])), 1 - np.arange(0.3, 1.001, 0.05).clip(max=1))
+    big_p, big_y = draw(rng, 1, 100_000)
+    g, wrong = np.maximum(big_p[0], 1 - big_p[0]), (big_p[0] >= 0.5) != big_y[0]
+    true = {float(t): wrong[g >= t].mean() for t in grid}
+    broken = naive = 0
+    for _ in range(400):
+        p, y = draw(rng, 1, 300)
+        g, w = np.maximum(p[0], 1 - p[0]), (p[0] >= 0.5) != y[0]
+        t = conformal.pac_threshold(grid, g, w, 0.05, 0.1)["threshold"]
+        broken += t is not None and true[t] > 0.05
+        ok = [t for t in true if (g >= t).any() and w[g >= t].mean() <= 0.05]
+        naive += bool(ok) and true[min(ok)] > 0.05
+    assert broken / 400 <= 0.1 + 3 * math.sqrt(0.1 * 0.9 / 400) and naive / 400 > 0.25
+
+
+def test_false_negatives_stay_below_alpha_exactly():
+    rng = np.random.default_rng(4)
+    rate = []
+    for _ in range(2000):
+        pos = expit(rng.normal(1, 2, 120))
+        t = conformal.fnr_threshold(pos[:100], 0.05)["t_lo"]
+        rate.append(np.mean(pos[100:] < t))
+    want = math.floor(0.05 * 101) / 101
+    assert abs(np.mean(rate) - want) < 3 * np.std(rate) / np.sqrt(2000) and want <= 0.05
+    assert conformal.fnr_threshold(np.full(48, 0.5), 0.02)["t_lo"] is None and conformal.fnr_threshold(np.full(49, 0.5), 0.02)["t_lo"] == 0.5
+
+
+def test_conformal_thresholds_are_monotone_symmetric_and_say_when_infeasible():
+    rng = np.random.default_rng(5)
+    p, y = (a[0] for a in draw(rng, 1, 80))
+    tie = rng.random(80)
+    lam2 = [conformal.scrc_thresholds(p, y, tie, 0.8, a)["lambda2"] for a in (0.02, 0.05, 0.1, 0.3)]
+    lam1 = [conformal.scrc_thresholds(p, y, tie, xi, 0.1)["lambda1"] for xi in (0.5, 0.7, 0.9, 1.0)]
+    assert lam2 == sorted(lam2, reverse=True) and lam1 == sorted(lam1, reverse=True) and lam1[-1] == -1.0
+    order = rng.permutation(80)
+    assert conformal.scrc_thresholds(p[order], y[order], tie[order]) == conformal.scrc_thresholds(p, y, tie)
+    small = conformal.scrc_thresholds(p[:10], y[:10], tie[:10], 0.8, 0.05)
+    assert small["status"] == "infeasible" and small["lambda2"] == 1.0 and conformal.label_set(p, 1.0).all()
+    assert conformal.label_set(np.array([0.5]), 0.2).all()                   # an empty set is reported as both
+    losses = (rng.random((50, 1)) > np.linspace(0, 1, 11)).astype(float)
+    lam = conformal.crc_threshold(np.linspace(0, 1, 11), losses, 0.2)
+    assert (losses[:, round(lam * 10)].sum() + 1) / 51 <= 0.2 < (losses[:, round(lam * 10) - 1].sum() + 1) / 51
+
+
+# --- the competition -------------------------------------------------------------
+
+
+def test_reward_values_of_the_subnet():
+    y = np.arange(100) % 2
+    assert subnet.natix_reward(y * 1.0, y) == 1 and subnet.natix_reward([-1.0], [1]) == 0
+    assert subnet.natix_reward(np.full(100, 0.5), y) == pytest.approx((0.5 * 0.5) ** 3)     # 0.5 rounds to 0; one class: MCC 0
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 2, 4000)
+    pred = np.where(rng.random(4000) < 0.9, label, 1 - label) * 0.8 + 0.1
+    sim = subnet.simulate_reward(pred, label, 1000)
+    t = np.mean((pred > 0.5) == label)
+    assert sim["mean"] == pytest.approx(0.623, abs=0.03 + 3 * abs(t - 0.9))  # the table's value at accuracy 0.90
+    assert sim["p5"] < sim["mean"] < sim["p95"]
+
+
+def test_returned_number_moves_the_cut_to_one_half():
+    p = np.linspace(0, 1, 1001)
+    for tau in (0.0, 0.2, 0.5, 0.77, 1.0):
+        out = subnet.returned(p, tau)
+        assert np.array_equal(out > 0.5, p >= tau) and np.all(np.diff(out) >= 0) and not np.any(out == 0.5)
+        assert np.array_equal(np.round(out), (p >= tau).astype(float))
+
+
+def test_perturbations_have_their_levels(picture):
+    for level in range(4):
+        out = subnet.natix_perturb(picture, level, np.random.default_rng(0), 64)
+        assert out.size == (64, 64) and out.mode == "RGB"
+    assert np.array_equal(*(np.asarray(subnet.natix_perturb(picture, 3, np.random.default_rng(9), 64)) for _ in range(2)))
+    still = np.asarray(subnet.natix_perturb(picture, 0, np.random.default_rng(0), 160), float)
+    assert np.abs(still - np.asarray(picture, float)).mean() < 6             # a crop of the whole and one JPEG
+    with pytest.raises(ValueError):
+        subnet.natix_perturb(picture, 4, None)
+
+
+# --- command line ------------------------------------------------------------------
+
+
+def cli(*words, cwd):
+    return subprocess.run([sys.executable, str(ROOT / "streetvision.py"), *words], capture_output=True, text=True, cwd=cwd,
+                          env=dict(os.environ, OMP_NUM_THREADS="1"))
+
+
+def test_mistakes_are_one_line_and_status_2(done, tmp_path):
+    for words, text in ((("run", "--preset", "smok"), "did you mean 'smoke'"), (("run", "--set", "phase1.epoch=3"), "phase1_epochs"),
+                        (("validate", str(tmp_path / "no.json")), "no file")):
+        r = cli(*words, cwd=tmp_path)
+        assert r.returncode == 2 and re.match(r"streetvision.py: error: .+\n$", r.stderr) and text in r.stderr, r.stderr
+
+
+def test_predict_prints_one_float_a_line(done, data, tmp_path):
+    names = [str(p) for p in sorted((data / "images").glob("A*_0.jpg"))[:2]]
+    r = cli("predict", "--bundle", str(done[1].bundle_json), *names, cwd=tmp_path)
+    assert r.returncode == 0 and len(r.stdout.split()) == 2
+    predictor = sv.RoadworkPredictor(done[1].bundle_json)
+    assert float(r.stdout.split()[0]) == pytest.approx(predictor(Image.open(names[0])), abs=1e-8)
+
+
+def test_settings_by_group_and_config_command(capsys):
+    argv = pipeline.translate(["run", "--run", "R", "--set", "phase1.epochs=3", "phase1.mac_cal=false", "--force"], sv.Config)
+    command, cfg = run.parse(sv.Config, sv.PRESETS, tuple(sv.COMMANDS), argv)
+    assert (command, cfg.out, cfg.phase1_epochs, cfg.phase1_mac_cal, cfg.force) == ("run", "R", 3, False, True)
+    sv.show_config(cfg)
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["phase1"]["epochs"] == 3 and {"data", "model", "phase4a", "peft", "phase5", "hardware", "eval"} <= set(shown)
+    assert sv.Config().phase2_n_thresholds == 5000 and sv.Config().peft_init == "pissa" and sv.Config().phase4a_temperature == 0.1
+    sv.plan(dataclasses.replace(cfg, json=True))
+    assert json.loads(capsys.readouterr().out)["params"] > 303e6
+
+
+@pytest.mark.parametrize("preset", list(sv.PRESETS))
+def test_every_preset_builds_without_memory(preset):
+    cfg = sv.Config(**sv.PRESETS[preset]["set"])
+    with torch.device("meta"):
+        net = sv.build(cfg, sv.ViT.sized(cfg.model_size))
+    assert net.head[0].in_features == 2 * net.backbone.D
+
+
+def test_a_wrong_compile_stance_is_replaced_and_failure_runs_eagerly(monkeypatch):
+    set_to = []
+    monkeypatch.setattr(torch.compiler, "set_stance", set_to.append)
+    monkeypatch.setattr(torch, "compile", lambda net, **kw: (_ for _ in ()).throw(RuntimeError("no compiler")))
+    net = torch.nn.Linear(2, 2)
+    with pytest.warns(UserWarning) as warned:
+        assert pipeline.maybe_compile(net, torch.zeros(1, 2), True, stance="performance") is net
+    assert set_to == ["default"] and len(warned) == 2
+    assert pipeline.maybe_compile(net, None, False) is net
+
+
+def test_no_pickle_is_read_anywhere():
+    own = ("splits", "views", "fusion", "scorecard", "conformal", "calibrate", "bundle", "adapters", "augment", "streets",
+           "subnet", "plots", "selfsup", "dinokeys", "serving", "testreport", "pipeline")
+    for f in [ROOT / "streetvision.py", *(ROOT / "common" / f"{name}.py" for name in own)]:
+        text = f.read_text()
+        assert not re.search(r"^\s*(import|from) (pickle|joblib|dill)\b", text, re.M)
+        assert all("weights_only=True" in line for line in text.splitlines() if "torch.load(" in line)
