@@ -50,7 +50,7 @@ report: .venv/ready    ## report.html over all runs
 	$(VENV) -m eval.report $(wildcard runs/*/*) --out report.html
 
 pack: .venv/ready    ## make pack SCRIPT=drift_toy: script and common as a tar
-	mkdir -p dist && tar -czf dist/$(SCRIPT).tar.gz $(SCRIPT).py common/*.py requirements.txt LICENSE
+	mkdir -p dist && tar -czf dist/$(SCRIPT).tar.gz --exclude=__pycache__ $(SCRIPT).py common requirements.txt LICENSE
 
 clean:           ## forget the environments; runs stay
 	rm -rf .venv .venv-parity dist

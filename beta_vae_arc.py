@@ -34,9 +34,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import draw, run
-from common.arc import OUTSIDE, SOURCES, SPLITS, code_nats, grid_statistics, load_corpus, picture
+from common.arc.tasks import OUTSIDE, SOURCES, SPLITS, code_nats, grid_statistics, load_corpus, picture
 from common.ckpt import write_atomic
-from common.embed import pca, tsne
+from common.arc.embed import pca, tsne
 from common.run import UserError, opt
 
 COLORS = 10

@@ -27,17 +27,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import captions, draw, memory, pictures, public, run, scenes, shards, studio
-from common.dit_blocks import (MLP, Attention, CrossAttention, modulate, norm, patches_to_image, rope_2d,
+from common import draw, run
+from common.t2i import captions, memory, pictures, public, scenes, shards, studio
+from common.t2i.dit_blocks import (MLP, Attention, CrossAttention, modulate, norm, patches_to_image, rope_2d,
                                sincos_2d,
                            time_features)
-from common.captions import Words, to_images, to_pixels
+from common.t2i.captions import Words, to_images, to_pixels
 from common.ckpt import write_atomic
-from common.clip import CLIPTextEncoder, CLIPTokenizer  # noqa: F401  (for importers, as the next two)
+from common.t2i.clip import CLIPTextEncoder, CLIPTokenizer  # noqa: F401  (for importers, as the next two)
 from common.run import opt
-from common.safety import SafetyChecker  # noqa: F401
-from common.t5 import T5Encoder, T5Tokenizer  # noqa: F401
-from common.tinyvae import TinyVAE
+from common.t2i.safety import SafetyChecker  # noqa: F401
+from common.t2i.t5 import T5Encoder, T5Tokenizer  # noqa: F401
+from common.t2i.tinyvae import TinyVAE
 from common.vae import AutoencoderKL
 
 

@@ -40,12 +40,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common import data, draw, jax_release, judge, run
+from common import data, draw, run
+from common.drift import jax_release, judge
 from common.ckpt import write_atomic
-from common.codec import load_strict, open_codec
+from common.drift.codec import load_strict, open_codec
 from common.kernels import drift_loss
-from common.queues import Bank, Source, mae_batches, open_images
-from common.write_cache import write_cache
+from common.drift.queues import Bank, Source, mae_batches, open_images
+from common.drift.write_cache import write_cache
 from common.run import UserError, opt
 
 # --- config ------------------------------------------------------------

@@ -31,13 +31,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common import corpus, optim, run, sidecar, text
-from common.blocks import (Attention, Conv, DeltaNet, RMSNorm, SwiGLU, cut, detached, glue,
+from common import run
+from common.hope import corpus, optim, sidecar, text
+from common.hope.blocks import (Attention, Conv, DeltaNet, RMSNorm, SwiGLU, cut, detached, glue,
                            inverse_softplus, linear, log_sigmoid, nll, pieces, rates, rope, unit)
 from common.run import opt
-from common.scan import chunk_rule, decays, read, write
-from common.synthetic import Task
-from common.text import BPE
+from common.hope.scan import chunk_rule, decays, read, write
+from common.hope.synthetic import Task
+from common.hope.text import BPE
 
 # --- config ----------------------------------------------------------------------------------------
 

@@ -31,19 +31,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from common import (augment, bundle, conformal, dinokeys, draw, fusion, images, pipeline, plots, run, scorecard, selfsup, serving,
-                    streets, testreport)
-from common.adapters import adapt, adapter_tensors, adapted, merge, trainable_report
+from common import draw, images, run
+from common.street import (augment, bundle, conformal, dinokeys, fusion, pipeline, plots, scorecard, selfsup,
+                           serving, streets, testreport)
+from common.street.adapters import adapt, adapter_tensors, adapted, merge, trainable_report
 from common.ckpt import sha256_file, write_atomic
 from common.classify import binary_metrics, calibration_noise_floor, mcc_sweep
 from common.dino import Block, rope_table
-from common.calibrate import CALIBRATORS, compare_calibrators, mac_cal
-from common.pipeline import Step
+from common.street.calibrate import CALIBRATORS, compare_calibrators, mac_cal
+from common.street.pipeline import Step
 from common.run import opt
-from common.serving import fuse_features, head_logits, probability, read_logits, save_logits
-from common.splits import SplitStore, check_access_log, leaks, merge_duplicates, read_index, write_splits
-from common.subnet import natix_perturb
-from common.views import normalised, resized, stack, step_indices
+from common.street.serving import fuse_features, head_logits, probability, read_logits, save_logits
+from common.street.splits import (SplitStore, check_access_log, leaks, merge_duplicates, read_index,
+                                  write_splits)
+from common.street.subnet import natix_perturb
+from common.street.views import normalised, resized, stack, step_indices
 
 # --- config ------------------------------------------------------------
 

@@ -13,6 +13,7 @@ common/ckpt.py; scripts say `from common import run` and find all of it here.
         save_if_due(cfg.out, step, cfg.steps, every, state, ddp)
 """
 
+import atexit
 import contextlib
 import dataclasses
 import errno
@@ -43,8 +44,7 @@ def main(Config, presets, commands):
         command, cfg = parse(Config, presets, tuple(commands))
         commands[command](cfg)
         if dist.is_initialized():
-            dist.barrier()
-            dist.destroy_process_group()
+            leave_together()
     except UserError as error:
         _leave(2, f"error: {error}")
     except Interrupted as stop:
@@ -55,6 +55,19 @@ def main(Config, presets, commands):
         if error.errno not in USER_ERRNO:
             raise
         _leave(2, f"error: {error.strerror}: {error.filename or 'no file named'}")
+
+
+def leave_together():
+    """End this rank with status 0 once every rank is here; does not return.
+
+    Python's own finalisation is skipped: gloo's threads may still hold tensors of finished collectives, and
+    freeing one under an interpreter that is going away aborts the process.
+    """
+    dist.barrier()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 USER_ERRNO = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR,

@@ -166,12 +166,12 @@ def _refuse_other_config(out, config, free):
 
 
 def code_fingerprint(script):
-    """dict(code_sha256, files, commit): SHA-256 over sorted lines 'path NUL sha256 LF' of script and common/*.py.
+    """dict(code_sha256, files, commit): SHA-256 over sorted lines 'path NUL sha256 LF' of script and common/**/*.py.
 
     commit is the git commit (with '+dirty' when the tree differs) or None: the hash alone identifies the code.
     """
     script = pathlib.Path(script).resolve()
-    paths = sorted([script, *(script.parent / "common").glob("*.py")])
+    paths = sorted([script, *(script.parent / "common").rglob("*.py")])
     files = {str(p.relative_to(script.parent)): sha256_file(p) for p in paths}
     text = "".join(f"{name}\0{digest}\n" for name, digest in sorted(files.items()))
     return dict(code_sha256=hashlib.sha256(text.encode()).hexdigest(), files=files, commit=_git(script.parent))

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 import hope_lm
-from common.text import Text, rng
+from common.hope.text import Text, rng
 
 
 def domains(seed=0, size=20_000):

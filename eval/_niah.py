@@ -6,7 +6,7 @@ found by bisection so that prompt and 128 generated tokens fit.
 
 import uuid
 
-from common.text import rng
+from common.hope.text import rng
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 ADJECTIVES = "able brave calm dark eager fine glad huge idle keen late mild neat odd pale quick rare shy tall warm".split()

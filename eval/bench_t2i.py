@@ -36,7 +36,7 @@ def write_pipeline(folder, small):
     import diffusers
     import transformers
 
-    from common.clip import END, START, byte_symbols
+    from common.t2i.clip import END, START, byte_symbols
     base = list(byte_symbols().values())
     vocabulary = Path(folder, "words")
     vocabulary.mkdir(parents=True)

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 
 import beta_vae_arc as arc
-from common import arc as files
-from common import embed, run
-from common.arc_grids import procedural
+from common import run
+from common.arc import embed
+from common.arc import tasks as files
+from common.arc.generators import procedural
 
 torch.set_num_threads(1)
 ROOT = pathlib.Path(arc.__file__).parent

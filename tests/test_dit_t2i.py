@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import dit_t2i as t2i
-from common import captions, clip, memory, mmdit, pictures, public, run, safety, scenes, t5, weights
+from common import run
+from common.t2i import captions, clip, memory, mmdit, pictures, public, safety, scenes, t5, weights
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
@@ -311,7 +312,7 @@ def test_position_embeddings():
     features = t2i.time_features(torch.tensor([500.0]))[0]
     np.testing.assert_allclose(features[:3], [-0.88385, 0.94595, 0.84851], atol=1e-4)
     np.testing.assert_allclose(features[128:131], [-0.46777, 0.32432, -0.52918], atol=1e-4)
-    from common.dit_blocks import rope_2d, rotate
+    from common.t2i.dit_blocks import rope_2d, rotate
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
     cos, sin = rope_2d(16, 6, 6)
     turn = lambda v, r, c: rotate(v, (cos[r * 6 + c], sin[r * 6 + c]))        # noqa: E731

@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 
 import drift_latent as dl
-from common import codec, flax_msgpack, jax_release, run
+from common import run
+from common.drift import codec, flax_msgpack, jax_release
 from common.kernels import drift_loss_reference
-from common.queues import Bank
+from common.drift.queues import Bank
 from common.run import Ranks, UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -592,9 +593,7 @@ def _two_ranks(rank, store, cfg, whole, out):
     mean = run.all_mean(loss, Ranks(rank, 2, torch.device("cpu")))
     if rank == 0:
         torch.save(dict(loss=mean, grads=grads, m={k: v["m"] for k, v in infos.items()}), out)
-    dist.barrier()                              # a rank that leaves early aborts the other inside gloo
-    dist.destroy_process_group()
-    os._exit(0)                                 # no teardown of gloo's threads: it aborted once under load
+    run.leave_together()
 
 
 @pytest.mark.parametrize("micro", [0, 1])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hope_lm as h
-from common.text import BPE, rng
+from common.hope.text import BPE, rng
 from eval import _niah
 from eval._continual import continual, domains
 from eval._zeroshot import CHOICE, interval, multiple_choice, winogrande, zero_shot

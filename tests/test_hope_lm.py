@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 
 import hope_lm as h
-from common import corpus, optim, run, sidecar, text
-from common.blocks import delta_net
+from common import run
+from common.hope import corpus, optim, sidecar, text
+from common.hope.blocks import delta_net
 
 torch.set_num_threads(1)
 TINY = dict(width=16, heads=2, depth=2, vocab=31, chunk=8, chunk_self=4, window=6, periods=(4, 8, 16, 32))

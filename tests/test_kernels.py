@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from common import run
 from common.kernels import drift_field, drift_field_reference, drift_loss, drift_loss_reference
 
 # (R, g, p, u, C), loss per row, lam2 at 0.02 / 0.05 / 0.2, m, first two gradient entries of each row's first
@@ -234,8 +235,7 @@ def _rank(rank, path, out):
         loss, info = drift_loss(inputs[0].requires_grad_(), *inputs[1:], group=dist.group.WORLD)
         grad = torch.autograd.grad(loss.sum(), inputs[0])[0]
         torch.save(dict(loss=loss.detach(), grad=grad, m=info["m"]), f"{out}.{sizes[-1]}.{rank}")
-    dist.barrier()                              # a rank that leaves early aborts the other inside gloo
-    dist.destroy_process_group()
+    run.leave_together()
 
 
 def test_two_ranks_with_shared_scales_equal_one(tmp_path):

@@ -15,7 +15,7 @@ import scipy.stats
 import torch
 from scipy.spatial import cKDTree
 
-from common import classify, inception, metrics
+from common import classify, inception, metrics, run
 from common.dino import DinoV3
 from common.metrics import Moments
 
@@ -138,7 +138,7 @@ def _rank(rank, world, rendezvous, out):
                                          world_size=world)
     part = Moments(64).update(A[:1300] if rank == 0 else A[1300:]).all_reduce()
     part.save(f"{out}{rank}.npz")
-    torch.distributed.destroy_process_group()
+    run.leave_together()
 
 
 def test_two_gloo_ranks_end_with_the_moments_of_one(tmp_path):

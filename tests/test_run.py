@@ -262,7 +262,11 @@ def test_one_changed_byte_changes_the_fingerprint_and_git_is_not_needed(tmp_path
     before = runlog.code_fingerprint(tmp_path / "s.py")
     assert before["commit"] is None and before["code_sha256"] == runlog.code_fingerprint(tmp_path / "s.py")["code_sha256"]
     (tmp_path / "common/a.py").write_text("x = 2\n")
-    assert runlog.code_fingerprint(tmp_path / "s.py")["code_sha256"] != before["code_sha256"]
+    after = runlog.code_fingerprint(tmp_path / "s.py")
+    assert after["code_sha256"] != before["code_sha256"]
+    (tmp_path / "common/part").mkdir()
+    (tmp_path / "common/part/b.py").write_text("z = 1\n")          # folders of common/ count too
+    assert runlog.code_fingerprint(tmp_path / "s.py")["code_sha256"] != after["code_sha256"]
 
 
 def test_wandb_is_optional_and_receives_the_lines_of_the_log(tmp_path, monkeypatch):

@@ -21,7 +21,9 @@ from PIL import Image
 from scipy.special import expit, logit
 
 import streetvision as sv
-from common import adapters, augment, bundle, conformal, fusion, pipeline, run, selfsup, serving, splits, streets, subnet, views
+from common import run
+from common.street import (adapters, augment, bundle, conformal, fusion, pipeline, selfsup, serving, splits,
+                           streets, subnet, views)
 from common.classify import binary_metrics
 
 ROOT = Path(sv.__file__).parent
@@ -560,7 +562,7 @@ got = torch.cat([p.grad.flatten() for p in params])
 full = sv.nt_xent(*net(x.flatten(0, 1)).chunk(2), 0.2)
 want = torch.cat([g.flatten() for g in torch.autograd.grad(full, params)])
 assert abs(float(loss) - float(full)) < 1e-6 and torch.allclose(got, want, atol=1e-6), (float(loss), float(full), got - want)
-dist.destroy_process_group()
+run.leave_together()
 """
 
 
@@ -834,7 +836,7 @@ def test_mac_cal_retention_follows_the_confidence_gap():
 
 
 def sv_retention(rho, gap):
-    from common.calibrate import retention
+    from common.street.calibrate import retention
     return retention(rho, gap)
 
 
@@ -1036,9 +1038,7 @@ def test_a_wrong_compile_stance_is_replaced_and_failure_runs_eagerly(monkeypatch
 
 
 def test_no_pickle_is_read_anywhere():
-    own = ("splits", "views", "fusion", "scorecard", "conformal", "calibrate", "bundle", "adapters", "augment", "streets",
-           "subnet", "plots", "selfsup", "dinokeys", "serving", "testreport", "pipeline")
-    for f in [ROOT / "streetvision.py", *(ROOT / "common" / f"{name}.py" for name in own)]:
+    for f in [ROOT / "streetvision.py", *(ROOT / "common" / "street").glob("*.py")]:
         text = f.read_text()
         assert not re.search(r"^\s*(import|from) (pickle|joblib|dill)\b", text, re.M)
         assert all("weights_only=True" in line for line in text.splitlines() if "torch.load(" in line)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common import embed
+from common.arc import embed
 
 decomposition = pytest.importorskip("sklearn.decomposition")
 manifold = pytest.importorskip("sklearn.manifold")

@@ -27,7 +27,7 @@ if not OFFICIAL:
 sys.path.insert(0, OFFICIAL)
 
 import drift_latent  # noqa: E402
-from common import flax_msgpack  # noqa: E402
+from common.drift import flax_msgpack  # noqa: E402
 
 official_generator = pytest.importorskip("models.generator")
 official_mae = pytest.importorskip("models.mae_model")

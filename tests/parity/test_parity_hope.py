@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 import hope_lm as h
-from common.blocks import DeltaNet, cut, glue, rates, unit
-from common.text import BPE
+from common.hope.blocks import DeltaNet, cut, glue, rates, unit
+from common.hope.text import BPE
 
 torch.set_num_threads(1)
 

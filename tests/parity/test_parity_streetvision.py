@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import streetvision as sv
-from common import augment, run, scorecard, streets, views
+from common import run
+from common.street import augment, scorecard, streets, views
 
 torch.set_num_threads(1)
 

@@ -23,7 +23,7 @@ transformers = pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
 
 import dit_t2i as t2i  # noqa: E402
-from common import clip, public, weights  # noqa: E402
+from common.t2i import clip, public, weights  # noqa: E402
 
 torch.set_num_threads(1)
 

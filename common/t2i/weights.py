@@ -19,7 +19,7 @@ from torch import nn
 
 from common.ckpt import sha256_file
 from common.flags import UserError
-from common.memory import LEAST, QLinear, replace
+from common.t2i.memory import LEAST, QLinear, replace
 
 HEADER_LIMIT = 100 << 20                                     # the limit of the safetensors library itself
 

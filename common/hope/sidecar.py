@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from common.ckpt import verify as rehash
-from common.text import BPE
+from common.hope.text import BPE
 
 PARTS = ("config", "data", "cursor", "torch_rng", "numpy_rng", "python_rng")
 

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import captions, draw, memory, pictures, public, scenes
+from common import draw
+from common.t2i import captions, memory, pictures, public, scenes
 from common.flags import UserError
-from common.safety import SafetyChecker
+from common.t2i.safety import SafetyChecker
 from common.ckpt import save_weights
-from common.weights import Checkpoint
+from common.t2i.weights import Checkpoint
 
 RECIPE = ("model", "vae", "text", "prompt", "negative", "seed", "steps", "sample_steps", "shape", "sampler",
           "grid",

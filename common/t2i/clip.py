@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.flags import UserError
-from common.weights import Checkpoint, fill
+from common.t2i.weights import Checkpoint, fill
 
 START, END, LENGTH = "<|startoftext|>", "<|endoftext|>", 77
 # the regular expression \s of the published tokenizers is White_Space; str.isspace() adds four control

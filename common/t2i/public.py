@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.clip import CLIPTextEncoder, CLIPTokenizer
+from common.t2i.clip import CLIPTextEncoder, CLIPTokenizer
 from common.flags import UserError
-from common.mmdit import MMDiT
-from common.t5 import T5Encoder, T5Tokenizer
+from common.t2i.mmdit import MMDiT
+from common.t2i.t5 import T5Encoder, T5Tokenizer
 from common.vae import AutoencoderKL
-from common.memory import Residency, on
-from common.weights import Checkpoint, fill
+from common.t2i.memory import Residency, on
+from common.t2i.weights import Checkpoint, fill
 
 SINGLE = "model.diffusion_model."                            # prefix inside single-file releases
 IN_SINGLE = {1: "text_encoders.clip_l.transformer.", 2: "text_encoders.clip_g.transformer.",

@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from common import flax_msgpack
+from common.drift import flax_msgpack
 from common.run import UserError
 
 DENSE = "TorchLinear_{}/Dense_0"

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common import bundle, run, scorecard
+from common import run
+from common.street import bundle, scorecard
 
 
 @dataclass(frozen=True)

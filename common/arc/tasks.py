@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from common.arc_grids import procedural
+from common.arc.generators import procedural
 from common.flags import UserError
 
 OUTSIDE = 10

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from common import data
-from common.codec import SDVAE, PatchPCA
+from common.drift.codec import SDVAE, PatchPCA
 from common.run import UserError
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.flags import UserError
-from common.weights import Checkpoint, fill
+from common.t2i.weights import Checkpoint, fill
 
 MARK = "\u2581"                                              # stands for a space
 NORMAL, UNKNOWN, CONTROL, USER, PAD, EOS, UNK = 1, 2, 3, 4, 0, 1, 2      # kinds of pieces; ids

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.dit_blocks import MLP, Attention, modulate, norm, patches_to_image, time_features
+from common.t2i.dit_blocks import MLP, Attention, modulate, norm, patches_to_image, time_features
 from common.flags import UserError
-from common.weights import fill
+from common.t2i.weights import fill
 
 
 # --- blocks --------------------------------------------------------------

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
-from common import draw, plots, scorecard
-from common.bundle import write_csv, write_json
+from common import draw
+from common.street import plots, scorecard
+from common.street.bundle import write_csv, write_json
 from common.classify import calibration_noise_floor
-from common.splits import Samples, read_index
-from common.subnet import natix_perturb, simulate_reward
+from common.street.splits import Samples, read_index
+from common.street.subnet import natix_perturb, simulate_reward
 
 
 class Perturbed:

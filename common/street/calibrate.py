@@ -21,8 +21,8 @@ from scipy.special import expit, logit, softmax
 
 from common import run
 from common.classify import binary_metrics, bootstrap, mcc_sweep, negative_log_likelihood
-from common.splits import unit
-from common.views import step_indices
+from common.street.splits import unit
+from common.street.views import step_indices
 
 
 def margin(prob):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.scan import decays, read, write
+from common.hope.scan import decays, read, write
 
 
 def unit(x):

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from scipy.special import softmax
 
-from common import bundle, conformal, fusion, run
-from common.calibrate import Calibrator
-from common.subnet import returned
-from common.views import make_views, resized, stack
+from common import run
+from common.street import bundle, conformal, fusion
+from common.street.calibrate import Calibrator
+from common.street.subnet import returned
+from common.street.views import make_views, resized, stack
 
 
 def autocast(precision, device):
@@ -26,7 +27,7 @@ def autocast(precision, device):
 def infer(net, samples, device, size, how="square", views=None, precision="auto", workers=0, chunk=64):
     """Features of all samples, float32 on the CPU: [N, F], or ([N, V, F], boxes [N, V, 4]) when views are wanted.
 
-    views: dict(source, canvas, grid, overlap) of common.views.make_views.
+    views: dict(source, canvas, grid, overlap) of common.street.views.make_views.
     """
     net.eval()
     features, boxes = [], []
@@ -91,7 +92,7 @@ def read_logits(path, samples=None):
 
 
 class Loose:
-    """Images in hand, with the face of common.splits.Samples: one sample, the others are its context."""
+    """Images in hand, with the face of common.street.splits.Samples: one sample, the others are its context."""
 
     def __init__(self, pictures):
         self.pictures = pictures

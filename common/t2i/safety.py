@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from common.clip import layers, read_config
-from common.weights import Checkpoint, fill
+from common.t2i.clip import layers, read_config
+from common.t2i.weights import Checkpoint, fill
 
 
 # --- image tower ---------------------------------------------------------

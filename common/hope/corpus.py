@@ -1,7 +1,7 @@
 """From raw documents to a corpus worth training on: language, length, exact and near duplicates, overlap, provenance.
 
     clean(documents, rules)      -> kept documents, counts per rule
-    english(text)                -> P(English), naive Bayes over character 1-3-grams of common/languages.json
+    english(text)                -> P(English), naive Bayes over character 1-3-grams of common/hope/languages.json
     near_duplicates(texts)       -> indices to drop: MinHash of word 5-grams, 14 bands of 8, first of a cluster stays
     validate(folder, evaluation) -> problems of a shard folder: files, hashes, counts, licences, 13-gram overlap
 """
@@ -18,7 +18,7 @@ import numpy as np
 
 from common.ckpt import sha256_file, write_atomic
 from common.flags import UserError
-from common.text import BPE, coverage, documents, guard, read_manifest
+from common.hope.text import BPE, coverage, documents, guard, read_manifest
 
 # --- language ------------------------------------------------------------------------------------------------
 

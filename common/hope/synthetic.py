@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from common.text import rng
+from common.hope.text import rng
 
 
 class Task:

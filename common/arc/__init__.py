@@ -1,0 +1,1 @@
+"""Parts of beta_vae_arc.py beside its science: task files, grid generators, embeddings of the latents."""

@@ -1,0 +1,1 @@
+"""Parts of hope_lm.py beside its science: the scan, optimisers, the text pipeline, sidecars."""

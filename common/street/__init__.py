@@ -1,0 +1,1 @@
+"""Parts of streetvision.py beside its science: one file per mechanism of the pipeline."""
