@@ -199,6 +199,14 @@ def calibration_noise_floor(prob_N, label_N=None, bins=15, binning="width", draw
     return out
 
 
+def _prefix(w_NB):
+    """Sums of the first 0, 1 .. N rows -> [N + 1, B]."""
+    out = np.empty((len(w_NB) + 1, w_NB.shape[1]))
+    out[0] = 0
+    np.cumsum(w_NB, 0, out=out[1:])
+    return out
+
+
 def _one_hot(index, size):
     return (index[:, None] == np.arange(size)).astype(np.float64)
 
@@ -221,10 +229,12 @@ def binary_metrics(prob_N, label_N, threshold=0.5, bins=15):
     prob, label = _check(prob_N, label_N)
     order = np.argsort(-prob, kind="stable")
     p, y = prob[order], label[order]
-    positive, negative, hit = np.flatnonzero(y), np.flatnonzero(~y), p >= threshold
+    positive, hit = np.flatnonzero(y), p >= threshold
     edge = np.r_[0, np.flatnonzero(np.diff(p)) + 1, len(p)]  # first item of every group of ties
-    group = np.searchsorted(edge, np.arange(len(p)), "right") - 1
-    start, stop, ties = edge[group], edge[group + 1], len(edge) <= len(p)
+    tied = len(edge) <= len(p)
+    stop = edge[np.searchsorted(edge, positive, "right")]   # first item below the group of each positive
+    start = edge[np.searchsorted(edge, positive, "right") - 1]
+    below, above = np.searchsorted(positive, stop), np.searchsorted(positive, start)   # the same among positives
     confidence, right = _top(p, y)
     wide, mass = (_bins(p, bins, kind) for kind in ("width", "mass"))
     gap = (y - p)[:, None]
@@ -232,28 +242,27 @@ def binary_metrics(prob_N, label_N, threshold=0.5, bins=15):
             np.c_[(p - y) ** 2, _log_loss(p, y)],
             gap * _one_hot(wide, bins), _one_hot(wide, bins), gap * _one_hot(mass, bins),
             (right - confidence)[:, None] * _one_hot(_bins(confidence, bins, "width"), bins)]
-    matrix_NC = np.concatenate([c.astype(np.float64) for c in sums], 1)
+    matrix_CN = np.ascontiguousarray(np.concatenate([c.astype(np.float64) for c in sums], 1).T)
     cuts = np.cumsum([c.shape[1] for c in sums])[:-1]
 
     def measure(weight_BN=None):
         if weight_BN is None:
             return {name: float(value[0]) for name, value in measure(np.ones((1, len(p)))).items()}
-        w = np.asarray(weight_BN, np.float64)[:, order]
-        total = w.sum(1)
-        count, loss, wide, in_wide, mass, top = np.split(w @ matrix_NC, cuts, 1)
+        w_NB = np.ascontiguousarray(np.asarray(weight_BN).T, np.float64)[order]     # items first: rows add up fast
+        total = w_NB.sum(0)
+        count, loss, wide, in_wide, mass, top = np.split((matrix_CN @ w_NB).T, cuts, 1)
         tp, tn, fp, fn = count.T
         tpr, tnr, precision = _ratio(tp, tp + fn), _ratio(tn, tn + fp), _ratio(tp, tp + fp)
-        tps, all_ = np.empty((2, len(w), len(p) + 1))  # prefix sums from the highest score down
-        tps[:, 0] = all_[:, 0] = 0
-        np.cumsum(w * y, 1, out=tps[:, 1:])
-        np.cumsum(w, 1, out=all_[:, 1:])
-        above = tps[:, stop[negative]]                  # positives above, ties counted half
-        if ties:
-            above = (above + tps[:, start[negative]]) / 2
+        w_PB = w_NB[positive]                                   # prefix sums from the highest score down
+        true_PB, all_NB = _prefix(w_PB)[below], _prefix(w_NB)
+        all_PB = all_NB[stop]
+        false_PB = all_PB - true_PB
+        if tied:                                                # negatives above; equal ones count half
+            false_PB = (false_PB + all_NB[start] - _prefix(w_PB)[above]) / 2
         with np.errstate(invalid="ignore", divide="ignore"):
-            auc = np.einsum("bn,bn->b", w[:, negative], above) / ((tp + fn) * (tn + fp))
-            at = np.maximum(all_[:, stop[positive]], 1e-300)  # 0 only where the item's own weight is 0
-            ap = np.einsum("bn,bn->b", w[:, positive], tps[:, stop[positive]] / at) / (tp + fn)
+            auc = 1 - np.einsum("pb,pb->b", w_PB, false_PB) / ((tp + fn) * (tn + fp))
+            np.maximum(all_PB, 1e-300, out=all_PB)              # 0 only where the item's own weight is 0
+            ap = np.einsum("pb,pb->b", w_PB, np.divide(true_PB, all_PB, out=all_PB)) / (tp + fn)
         return dict(accuracy=(tp + tn) / total, balanced_accuracy=(tpr + tnr) / 2, precision=precision,
                     recall=tpr, specificity=tnr, fnr=_ratio(fn, tp + fn), fpr=_ratio(fp, tn + fp),
                     f1=_ratio(2 * tp, 2 * tp + fp + fn), mcc=mcc(tp, tn, fp, fn),
