@@ -294,6 +294,12 @@ def unpatchify(x_BLP, p, side):
     return x.reshape(x.shape[0], x.shape[1], side * p, side * p)
 
 
+def call(block, *args, remat):
+    """block(*args); remat: keep its input alone and run it again in the backward pass."""
+    again = remat and torch.is_grad_enabled()
+    return checkpoint(block, *args, use_reentrant=False) if again else block(*args)
+
+
 class Generator(nn.Module):
     """The one-step generator, a DiT: net(label_B, alpha_B, eps_BCHW, style_BT) -> sample_BCHW.
 
@@ -367,8 +373,7 @@ class Generator(nn.Module):
             ctx_BLD = self.context_in(cond_BD)[:, None] + self.context.to(tokens.dtype)
             x_BLD = torch.cat([ctx_BLD, x_BLD], dim=1)
         for block in self.blocks:
-            args = x_BLD, cond_BD, self.cos, self.sin
-            x_BLD = checkpoint(block, *args, use_reentrant=False) if self.remat else block(*args)
+            x_BLD = call(block, x_BLD, cond_BD, self.cos, self.sin, remat=self.remat)
         b, s = modulation(self.ada_out, cond_BD, 2, x_BLD.dtype)
         out_BLP = self.patch_out((1 + s) * self.norm_out(x_BLD) + b)[:, -self.pos.shape[0]:]
         return unpatchify(out_BLP, self.patch, self.size // self.patch)
@@ -458,11 +463,12 @@ class MAE(nn.Module):
     channels in a group: with one, the stage norms make a map's mean and std constants, those keys noise.
     """
 
-    def __init__(self, channels=4, width=256, classes=1000, blocks=(3, 4, 6, 3), patch=1, groups=32):
+    def __init__(self, channels=4, width=256, classes=1000, blocks=(3, 4, 6, 3), patch=1, groups=32,
+                 remat=False):
         super().__init__()
         self.sizes = dict(channels=channels, width=width, classes=classes, blocks=tuple(blocks), patch=patch,
                           groups=groups)
-        self.patch, cin = patch, channels * patch * patch
+        self.patch, self.remat, cin = patch, remat, channels * patch * patch
         C = [width, width, 2 * width, 4 * width, 8 * width]  # conv1, then the four stages
         self.conv1, self.gn1 = conv(cin, width), group_norm(width, groups)
         self.stages = nn.ModuleList(
@@ -492,7 +498,7 @@ class MAE(nn.Module):
         blocks = {}
         for i, (stage, norm) in enumerate(zip(self.stages, self.norms), 1):
             for j, block in enumerate(stage, 1):
-                x = block(x)
+                x = call(block, x, remat=self.remat)
                 if j % 2 == 0:
                     blocks[f"layer{i}_blk{j}"] = x
             x = maps[f"layer{i}"] = norm(x)
@@ -511,8 +517,8 @@ class MAE(nn.Module):
         x = self.fold(x_BCHW)
         out = {"global": x_BCHW.permute(0, 2, 3, 1).flatten(1)[:, None],
                "norm_x": (x.float().square().mean((2, 3)) + 1e-6).sqrt()[:, None]}
-        if "r" in sets:  # ours, for weak encoders: the latent itself as one more map
-            out.update(map_features("x", x_BCHW, sets))
+        if "r" in sets:  # ours, for weak encoders: their input itself as one more map
+            out.update(map_features("x", x, sets))
         with no_autocast(x):  # GroupNorm stays in the weights' dtype, bf16 on a GPU
             for name, fmap in self.encode(x.to(self.conv1.weight.dtype)).items():
                 out.update(map_features(name, fmap, sets))
@@ -526,7 +532,8 @@ def mae_loss(mae, x_BCHW, label_B, mask_BHW, lam):
     mask_BHW: 1 where the (folded) input was hidden.
     """
     recon, logit_BK = mae(x_BCHW, mask_BHW)
-    error_BHW = (recon.float() - mae.fold(x_BCHW).float()).square().sum(1)
+    target = getattr(mae, "module", mae).fold(x_BCHW).float()
+    error_BHW = (recon.float() - target).square().sum(1)
     recon_B = (error_BHW * mask_BHW).sum((1, 2)) / (mask_BHW.sum((1, 2)) + 1e-8)
     ce = F.cross_entropy(logit_BK.float(), label_B)
     accuracy = (logit_BK.argmax(1) == label_B).float().mean()

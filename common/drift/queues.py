@@ -65,7 +65,8 @@ class Ring:
     """One ring buffer of latents per label; the checkpoint holds the ids and the latents are read back."""
 
     def __init__(self, labels, size, shape, source):
-        self.x, self.ids = torch.zeros(labels, size, *shape), torch.full((labels, size), -1)
+        self.x = torch.zeros(labels, size, *shape, dtype=getattr(source, "dtype", torch.float32))
+        self.ids = torch.full((labels, size), -1)
         self.next, self.count = torch.zeros(labels, dtype=torch.int64), torch.zeros(labels, dtype=torch.int64)
         self.size, self.source, self.underflows = size, source, 0
 
@@ -114,10 +115,12 @@ class Bank:
         self.source, self.last = source, torch.zeros(0, dtype=torch.int64)
         self.by_class, self.any = Ring(classes, size, shape, source), Ring(1, size_any, shape, source)
 
-    def push(self, epoch, rows):
-        """Real images enter both queues; their labels are those the next step may draw."""
+    def push(self, epoch, rows, x_BCHW=None):
+        """Real images enter both queues; their labels are those the next step may draw. x_BCHW: them, if at
+        hand."""
         ids_B = self.source.ids(epoch, rows)
-        x_BCHW, label_B = self.source.latents(ids_B), torch.from_numpy(self.source.labels[np.asarray(rows)])
+        x_BCHW = self.source.latents(ids_B) if x_BCHW is None else x_BCHW
+        label_B = torch.from_numpy(self.source.labels[np.asarray(rows)])
         self.by_class.push(x_BCHW, label_B, ids_B)
         self.any.push(x_BCHW, torch.zeros_like(label_B), ids_B)
         self.last = label_B
