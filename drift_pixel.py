@@ -26,15 +26,12 @@ R rows of the loss = labels x locations  F locations of a key  L tokens  D width
 import contextlib
 import copy
 import dataclasses
-import json
 import math
 import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
 import torch
@@ -44,11 +41,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import data, draw, imagenet, run
-from common.ckpt import write_atomic
 from common.drift import jax_release, judge, parallel, plans
 from common.drift.codec import load_strict
 from common.drift.convnext import ConvNeXt
-from common.drift.queues import Bank
+from common.drift.queues import Bank, Pixels, open_pixels
 from common.kernels import drift_loss
 from common.run import UserError, opt
 
@@ -155,7 +151,7 @@ TINY = dict(size=32, fit="pad", augment="flip", patch=4, classes=10, context=4, 
             style_codes=16, mae_fold=4, mae_groups=8, mask_cell=1, labels=10, count=2000,
             alphas=(1.0, 1.5, 2.0))
 PRESETS = {
-    # table 9, first row. Its others: --mae MAE640 --mae-width 640 (9.35), and --features abcdn --convnext FILE
+    # table 9, first row. Its others: --mae MAE640 --mae-width 640 (9.35); --features abcdn --convnext FILE
     # beside that (3.70)
     "ablation": dict(paper="table 9, MAE-256, 100 epochs", expect=dict(fid=32.11), set=dict(
         B16, mae_width=256, mae_steps=30_000, mae_micro=128, lr=2e-4, wd=0.01, warmup=5000, steps=30_000,
@@ -181,8 +177,7 @@ PRESETS = {
 
 # --- generator ---------------------------------------------------------
 
-# twin: drift_latent.RMSNorm
-class RMSNorm(nn.Module):
+class RMSNorm(nn.Module):  # twin: drift_latent.RMSNorm
     """x / sqrt(mean(x^2) + 1e-6) * gain over the last axis; statistics in float32, output in x's dtype."""
 
     def __init__(self, width):
@@ -193,8 +188,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), eps=1e-6).to(x.dtype)
 
 
-# twin: drift_latent.SwiGLU
-class SwiGLU(nn.Module):
+class SwiGLU(nn.Module):  # twin: drift_latent.SwiGLU
     """W2( SiLU(W1 x) * W3 x ), hidden width floor(2/3 * 4 D) rounded up to a multiple of 32."""
 
     def __init__(self, width):
@@ -207,8 +201,7 @@ class SwiGLU(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-# twin: drift_latent.rope_table
-def rope_table(length, head_dim, base=10_000.0):
+def rope_table(length, head_dim, base=10_000.0):  # twin: drift_latent.rope_table
     """cos and sin [L, K] of position * base^(-2 i / K), i < K/2; 1-D over all tokens, context tokens first.
     """
     freq = base ** (-torch.arange(head_dim // 2, dtype=torch.float32) / (head_dim // 2))
@@ -216,15 +209,13 @@ def rope_table(length, head_dim, base=10_000.0):
     return angle_LK.cos(), angle_LK.sin()
 
 
-# twin: drift_latent.rotate
-def rotate(x_BHLK, cos_LK, sin_LK):
+def rotate(x_BHLK, cos_LK, sin_LK):  # twin: drift_latent.rotate
     """Rotary embedding in the rotate-half convention, angles in float32."""
     a, b = x_BHLK.chunk(2, dim=-1)
     return (x_BHLK * cos_LK + torch.cat([-b, a], dim=-1) * sin_LK).to(x_BHLK.dtype)
 
 
-# twin: drift_latent.Attention
-class Attention(nn.Module):
+class Attention(nn.Module):  # twin: drift_latent.Attention
     """Self-attention with QK-norm, then RoPE; fp32 keeps softmax and products in float32 under autocast."""
 
     def __init__(self, width, heads, qk_norm, rope, fp32):
@@ -246,22 +237,19 @@ class Attention(nn.Module):
         return self.out(o_BHLK.transpose(1, 2).reshape(B, L, D).to(x_BLD.dtype))
 
 
-# twin: drift_latent.no_autocast
-def no_autocast(x):
+def no_autocast(x):  # twin: drift_latent.no_autocast
     """Keep the types that the code says; the meta device, where sizes are counted, knows no autocast."""
     kind = x.device.type
     return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
-# twin: drift_latent.modulation
-def modulation(linear, cond_BD, n, dtype):
+def modulation(linear, cond_BD, n, dtype):  # twin: drift_latent.modulation
     """adaLN: n vectors [B, 1, D] from the condition, computed in float32 whatever autocast says."""
     with no_autocast(cond_BD):
         return linear(F.silu(cond_BD.float())).to(dtype).unsqueeze(1).chunk(n, dim=-1)
 
 
-# twin: drift_latent.Block
-class Block(nn.Module):
+class Block(nn.Module):  # twin: drift_latent.Block
     """x += g1 * Attn((1+s1) norm(x) + b1);  x += g2 * SwiGLU((1+s2) norm(x) + b2);  adaLN-zero."""
 
     def __init__(self, width, heads, cond, qk_norm, rope, rms_norm, attn_fp32):
@@ -276,13 +264,11 @@ class Block(nn.Module):
         return x_BLD + g2 * self.mlp((1 + s2) * self.norm2(x_BLD) + b2)
 
 
-# twin: drift_latent.make_norm
-def make_norm(width, rms_norm):
+def make_norm(width, rms_norm):  # twin: drift_latent.make_norm
     return RMSNorm(width) if rms_norm else nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
 
 
-# twin: drift_latent.sincos_2d
-def sincos_2d(width, side):
+def sincos_2d(width, side):  # twin: drift_latent.sincos_2d
     """2-D sine-cosine positions [side^2, D]: first half of the channels the column, second half the row."""
     omega = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     row, col = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
@@ -290,29 +276,25 @@ def sincos_2d(width, side):
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()
 
 
-# twin: drift_latent.patchify
-def patchify(x_BCHW, p):
+def patchify(x_BCHW, p):  # twin: drift_latent.patchify
     """[B, C, h p, w p] -> [B, h w, p p C], order (row in patch, column in patch, channel)."""
     B, C, H, W = x_BCHW.shape
     return x_BCHW.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)
 
 
-# twin: drift_latent.unpatchify
-def unpatchify(x_BLP, p, side):
+def unpatchify(x_BLP, p, side):  # twin: drift_latent.unpatchify
     """Inverse of patchify for a square of side x side patches."""
     x = x_BLP.view(x_BLP.shape[0], side, side, p, p, -1).permute(0, 5, 1, 3, 2, 4)
     return x.reshape(x.shape[0], x.shape[1], side * p, side * p)
 
 
-# twin: drift_latent.call
-def call(block, *args, remat):
+def call(block, *args, remat):  # twin: drift_latent.call
     """block(*args); remat: keep its input alone and run it again in the backward pass."""
     again = remat and torch.is_grad_enabled()
     return checkpoint(block, *args, use_reentrant=False) if again else block(*args)
 
 
-# twin: drift_latent.Generator
-class Generator(nn.Module):
+class Generator(nn.Module):  # twin: drift_latent.Generator
     """The one-step generator, a DiT: net(label_B, alpha_B, eps_BCHW, style_BT) -> sample_BCHW.
 
     label int in [0, classes); alpha the guidance scale >= 1, an input and not an extrapolation; eps ~ N(0, I)
@@ -393,20 +375,17 @@ class Generator(nn.Module):
 
 # --- feature encoders --------------------------------------------------
 
-# twin: drift_latent.group_norm
-def group_norm(channels, groups):
+def group_norm(channels, groups):  # twin: drift_latent.group_norm
     """GroupNorm, the largest group count <= groups that divides the channels; eps 1e-6 as in Flax."""
     groups = max(g for g in range(1, min(groups, channels) + 1) if channels % g == 0)
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
-# twin: drift_latent.conv
-def conv(cin, cout, kernel=3, stride=1):
+def conv(cin, cout, kernel=3, stride=1):  # twin: drift_latent.conv
     return nn.Conv2d(cin, cout, kernel, stride, kernel // 2, bias=False)
 
 
-# twin: drift_latent.ConvBlock
-class ConvBlock(nn.Module):
+class ConvBlock(nn.Module):  # twin: drift_latent.ConvBlock
     """conv3x3 - GN - ReLU."""
 
     def __init__(self, cin, cout, groups):
@@ -417,8 +396,7 @@ class ConvBlock(nn.Module):
         return F.relu(self.gn(self.conv(x)))
 
 
-# twin: drift_latent.BasicBlock
-class BasicBlock(nn.Module):
+class BasicBlock(nn.Module):  # twin: drift_latent.BasicBlock
     """ReLU( skip(x) + GN conv3x3 ReLU GN conv3x3(stride) x ); skip: 1x1 conv + GN where the shape changes."""
 
     def __init__(self, cin, cout, stride, groups):
@@ -434,8 +412,7 @@ class BasicBlock(nn.Module):
         return F.relu(self.skip(x) + y)
 
 
-# twin: drift_latent.UpBlock
-class UpBlock(nn.Module):
+class UpBlock(nn.Module):  # twin: drift_latent.UpBlock
     """Bilinear resize to the skip's size, concatenate, GN, two conv blocks."""
 
     def __init__(self, cin, cskip, cout, groups):
@@ -449,14 +426,12 @@ class UpBlock(nn.Module):
         return self.refine(self.proj(self.norm(torch.cat([x, skip], dim=1))))
 
 
-# twin: drift_latent.safe_std
-def safe_std(x, dim):
+def safe_std(x, dim):  # twin: drift_latent.safe_std
     """sqrt(biased variance + 1e-6) in float32: its gradient stays finite on constant maps."""
     return (x.float().var(dim, unbiased=False) + 1e-6).sqrt()
 
 
-# twin: drift_latent.map_features
-def map_features(name, map_BCHW, sets="abcd"):
+def map_features(name, map_BCHW, sets="abcd"):  # twin: drift_latent.map_features
     """One feature map -> dict of vectors [B, F, C] (A.5): a every location, b global mean and std,
     c means and stds over 2x2 patches, d over 4x4 patches (skipped where the map does not divide)."""
     B, C, H, W = map_BCHW.shape
@@ -474,8 +449,7 @@ def map_features(name, map_BCHW, sets="abcd"):
     return out
 
 
-# twin: drift_latent.MAE
-class MAE(nn.Module):
+class MAE(nn.Module):  # twin: drift_latent.MAE
     """ResNet masked autoencoder; trained once, then its frozen encoder is where drifting measures distances.
 
     forward(x_BCHW, mask_BHW) -> (reconstruction, logits); features(x) -> dict name -> [B, F, C], 86 keys at
@@ -545,8 +519,7 @@ class MAE(nn.Module):
         return out
 
 
-# twin: drift_latent.mae_loss
-def mae_loss(mae, x_BCHW, label_B, mask_BHW, lam):
+def mae_loss(mae, x_BCHW, label_B, mask_BHW, lam):  # twin: drift_latent.mae_loss
     """lam * cross-entropy + (1 - lam) * reconstruction, mean over images -> (loss, reconstruction, accuracy).
 
     Reconstruction: squared error summed over channels and hidden cells, divided by the number of those cells.
@@ -559,6 +532,11 @@ def mae_loss(mae, x_BCHW, label_B, mask_BHW, lam):
     ce = F.cross_entropy(logit_BK.float(), label_B)
     accuracy = (logit_BK.argmax(1) == label_B).float().mean()
     return lam * ce + (1 - lam) * recon_B.mean(), recon_B.mean().detach(), accuracy
+
+
+def to_float(x_BCHW):
+    """uint8 -> float32 in [-1, 1]."""
+    return x_BCHW.float() / 127.5 - 1
 
 
 class Encoder(nn.Module):
@@ -577,8 +555,7 @@ class Encoder(nn.Module):
         return out
 
 
-# twin: drift_latent.inventory
-def inventory(mae, size, channels, sets="abcd"):
+def inventory(mae, size, channels, sets="abcd"):  # twin: drift_latent.inventory
     """[(key, vectors F, channels C)] of one image, found on the meta device without computing anything."""
     feats = mae.to("meta").features(torch.empty(1, channels, size, size, device="meta"), sets)
     return [(key, f.shape[1], f.shape[2]) for key, f in feats.items()]
@@ -586,8 +563,7 @@ def inventory(mae, size, channels, sets="abcd"):
 
 # --- official weights --------------------------------------------------
 
-# twin: drift_latent.load_official
-def load_official(folder):
+def load_official(folder):  # twin: drift_latent.load_official
     """Folder of the JAX release (metadata.json, ema_params.msgpack) -> Generator or MAE, eval mode, float32.
 
     Every tensor must be there, with the right shape, and nothing may be left over. Raises UserError.
@@ -601,60 +577,15 @@ def load_official(folder):
     return net
 
 
-# --- data --------------------------------------------------------------
-
-def to_float(x_BCHW):
-    """uint8 -> float32 in [-1, 1]."""
-    return x_BCHW.float() / 127.5 - 1
-
-
-def open_images(cfg, split="train", augment="none"):
-    images = data.open_images(cfg.data or None, size=cfg.size, split=split, channels=cfg.channels, fit=cfg.fit,
-                              seed=cfg.seed, augment=augment)
-    if hasattr(images, "manifest"):
-        raise UserError(f"{cfg.data} is a latent cache; drift_pixel.py needs images")
-    return images
-
-
-class Pixels:
-    """Real samples by id = epoch * images + row, as bytes: crop and mirror are a function of (seed, epoch, row).
-
-    So the queues' checkpoint is ids and nothing else; a resumed run crops the same images again.
-    """
-
-    dtype = torch.uint8
-
-    def __init__(self, cfg):
-        self.images, self.seed = open_images(cfg, augment=cfg.augment), cfg.seed
-        self.labels, self.names = self.images.labels, self.images.classes
-        if len(self.names) > cfg.classes:
-            raise UserError(f"{cfg.data} has {len(self.names)} classes; give --classes {len(self.names)}")
-        if cfg.augment == "none" and cfg.data and len(self.labels) * cfg.channels * cfg.size ** 2 < 1 << 28:
-            self.images.tensor()        # a set this small stays in memory
-
-    def ids(self, epoch, rows):
-        return epoch * len(self.labels) + torch.as_tensor(np.asarray(rows))
-
-    def latents(self, ids):
-        """int64 ids [B] -> uint8 [B, C, H, W]; pillow decodes in threads."""
-        def one(i):
-            epoch, row = divmod(i, len(self.labels))
-            return self.images.batch([row], (self.seed, epoch))[0]
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            return torch.cat(list(pool.map(one, ids.tolist())))
-
-
 # --- drift -------------------------------------------------------------
 
-# twin: drift_latent.alpha_law
-def alpha_law(u, power, high=4.0):
+def alpha_law(u, power, high=4.0):  # twin: drift_latent.alpha_law
     """u ~ U(0,1) -> alpha in [1, high] with density proportional to alpha^-power; power 1 is log-uniform."""
     e = 1 - power
     return high ** u if abs(e) < 1e-6 else (1 + u * (high ** e - 1)) ** (1 / e)
 
 
-# twin: drift_latent.alpha_weight
-def alpha_weight(alpha, n_gen, n_unc):
+def alpha_weight(alpha, n_gen, n_unc):  # twin: drift_latent.alpha_weight
     """Weight w = (alpha - 1)(n_gen - 1) / n_unc of one unconditional negative (A.7); -1 is the masked self.
 
     Negatives then follow (1 - gamma) q(.|c) + gamma p(.) with alpha = 1 / (1 - gamma) (eq. 15-16).
@@ -679,22 +610,19 @@ def draw_batch(cfg, bank, ddp):
                                                  unc=unc).items()}
 
 
-# twin: drift_latent.generate
-def generate(net, b, part):
+def generate(net, b, part):  # twin: drift_latent.generate
     """Samples of some labels of a batch -> [N * G, C, h, w]; the G of a label share class and alpha."""
     G = b["eps"].shape[1]
     label, alpha = b["label"][part].repeat_interleave(G), b["alpha"][part].repeat_interleave(G)
     return net(label, alpha, b["eps"][part].flatten(0, 1), b["style"][part].flatten(0, 1))
 
 
-# twin: drift_latent.by_label
-def by_label(feats, n):
+def by_label(feats, n):  # twin: drift_latent.by_label
     """{key: [N * X, F, C]} -> {key: [N, F, X, C]}: one drift problem per label and location."""
     return {key: f.unflatten(0, (n, -1)).transpose(1, 2) for key, f in feats.items()}
 
 
-# twin: drift_latent.real_features
-def real_features(mae, b, cfg, parts):
+def real_features(mae, b, cfg, parts):  # twin: drift_latent.real_features
     """Features of positives and unconditional samples of every label, encoded part by part, no gradient."""
     out = []
     for part in parts:
@@ -704,8 +632,7 @@ def real_features(mae, b, cfg, parts):
     return {key: torch.cat([o.pop(key) for o in out]) for key in list(out[0])}
 
 
-# twin: drift_latent.drift_objective
-def drift_objective(gen, real, alpha_N, cfg, group):
+def drift_objective(gen, real, alpha_N, cfg, group):  # twin: drift_latent.drift_objective
     """Sum over keys of the drift loss (each a mean over labels and locations) -> (loss, {key: info}).
 
     gen {key: [N, F, G, C]} carries the gradient, real {key: [N, F, P + U, C]} does not.
@@ -720,8 +647,7 @@ def drift_objective(gen, real, alpha_N, cfg, group):
     return total, infos
 
 
-# twin: drift_latent.drift_backward
-def drift_backward(net, mae, b, cfg, ddp, group=None):
+def drift_backward(net, mae, b, cfg, ddp, group=None):  # twin: drift_latent.drift_backward
     """Forward and backward of one step; leaves gradients in net -> (loss, {key: info}).
 
     One drift problem needs all samples of a label, and the scales m and lambda of a key need all labels, but
@@ -759,8 +685,7 @@ def drift_backward(net, mae, b, cfg, ddp, group=None):
 
 # --- train the encoder -------------------------------------------------
 
-# twin: drift_latent.lr_at
-def lr_at(i, lr, warmup, schedule="constant", steps=0):
+def lr_at(i, lr, warmup, schedule="constant", steps=0):  # twin: drift_latent.lr_at
     """Learning rate of update i = 0, 1, ...: linear from 1e-6 over warmup, then constant or a cosine to 0."""
     if i < warmup:
         return 1e-6 + (lr - 1e-6) * i / warmup
@@ -769,39 +694,34 @@ def lr_at(i, lr, warmup, schedule="constant", steps=0):
     return lr * 0.5 * (1 + math.cos(math.pi * (i - warmup) / max(1, steps - warmup)))
 
 
-# twin: drift_latent.cls_lambda
-def cls_lambda(i, steps, cls_steps, warmup, weight):
+def cls_lambda(i, steps, cls_steps, warmup, weight):  # twin: drift_latent.cls_lambda
     """Weight of the class loss at update i = 0, 1, ...: 0, then rising over the last cls_steps (A.3)."""
     since = i - (steps - cls_steps)
     return weight * min(1.0, since / max(1, warmup)) if since >= 0 and cls_steps else 0.0
 
 
-# twin: drift_latent.random_mask
-def random_mask(n, side, cell, ratio):
+def random_mask(n, side, cell, ratio):  # twin: drift_latent.random_mask
     """mask_BHW: each cell x cell patch of the encoder's grid is 1, hidden, independently with this ratio."""
     mask = (torch.rand(n, side // cell, side // cell) < ratio).float()
     return mask.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
 
 
-# twin: drift_latent.ema_update
 @torch.no_grad()
-def ema_update(ema, net, decay):
+def ema_update(ema, net, decay):  # twin: drift_latent.ema_update
     for average, value in zip(ema.parameters(), net.parameters()):
         average.lerp_(value, 1 - decay)
 
 
-# twin: drift_latent.adamw
-def adamw(net, lr, wd):
+def adamw(net, lr, wd):  # twin: drift_latent.adamw
     return torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=wd)
 
 
-# twin: drift_latent.mae_sizes
-def mae_sizes(cfg):
+def mae_sizes(cfg):  # twin: drift_latent.mae_sizes
     return dict(channels=cfg.channels, width=cfg.mae_width, classes=cfg.classes, blocks=cfg.mae_blocks,
                 patch=cfg.mae_fold, groups=cfg.mae_groups)
 
 
-def mae_backward(net, x_BCHW, label_B, mask_BHW, lam, cfg, ddp):
+def mae_backward(net, x_BCHW, label_B, mask_BHW, lam, cfg, ddp):  # twin: drift_latent.mae_backward
     """Forward and backward of one step -> mean (loss, reconstruction, accuracy).
 
     An image's loss is its own, so with --mae-micro k images at a time the gradient stays the same.
@@ -813,7 +733,7 @@ def mae_backward(net, x_BCHW, label_B, mask_BHW, lam, cfg, ddp):
         quiet = part.stop < B and hasattr(net, "no_sync")
         with net.no_sync() if quiet else contextlib.nullcontext():
             with run.autocast(ddp.device):
-                parts = mae_loss(net, to_float(x_BCHW[part]), label_B[part], mask_BHW[part], lam)
+                parts = mae_loss(net, x_BCHW[part], label_B[part], mask_BHW[part], lam)
             share = (part.stop - part.start) / B
             (parts[0] * share).backward()
         total = total + share * torch.stack(parts).detach()
@@ -853,7 +773,8 @@ def train_mae(cfg, ddp=None, source=None):
         lam = cls_lambda(step - 1, cfg.mae_steps, cfg.cls_steps, cfg.cls_warmup, cfg.cls_weight)
         lr = optim.param_groups[0]["lr"] = lr_at(step - 1, cfg.mae_lr, cfg.mae_warmup)
         optim.zero_grad(set_to_none=True)
-        values = mae_backward(net, *(v.to(ddp.device) for v in (x_BCHW, label_B, mask_BHW)), lam, cfg, ddp)
+        x_BCHW, label_B, mask_BHW = (v.to(ddp.device) for v in (x_BCHW, label_B, mask_BHW))
+        values = mae_backward(net, to_float(x_BCHW), label_B, mask_BHW, lam, cfg, ddp)
         nn.utils.clip_grad_norm_(mae.parameters(), 2.0)
         optim.step()
         ema_update(ema, mae, cfg.mae_ema)
@@ -899,8 +820,7 @@ def load_encoder(cfg, ddp, source):
 
 # --- train the generator -----------------------------------------------
 
-# twin: drift_latent.sizes
-def sizes(cfg):
+def sizes(cfg):  # twin: drift_latent.sizes
     """The Generator's constructor arguments, which its weights file carries."""
     names = "size channels patch width depth heads classes context style_tables style_codes"
     return {name: getattr(cfg, name) for name in f"{names} qk_norm rope rms_norm attn_fp32".split()}
@@ -922,7 +842,7 @@ def check(cfg, ddp):
             f"--mae-groups {cfg.mae_groups} leaves --mae-width {cfg.mae_width} one channel a group "
             f"and a map's mean constant; try --mae-groups {cfg.mae_width // 2}")
     if set(cfg.features) - set("abcdnr") or min(cfg.taus, default=0) <= 0 or not cfg.ema:
-        raise UserError("--features takes letters of abcdnr, --taus numbers above 0, --ema at least one decay")
+        raise UserError("--features takes letters of abcdnr, --taus numbers above 0, --ema one decay or more")
 
 
 def train(cfg):
@@ -972,7 +892,7 @@ def train(cfg):
             loss = float(run.all_mean(loss, ddp))
             run.check_finite(step, loss=loss, grad_norm=grad_norm)
             log("train", step=step, loss=loss, grad_norm=float(grad_norm), lr=lr,
-                img_s=images / (time.time() - began), mem_gb=memory_gb(ddp.device),
+                img_s=images / (time.time() - began), mem_gb=plans.memory_gb(ddp.device),
                 underflows=bank.by_class.underflows, **drift_stats(infos, batch, cfg))
         if step % cfg.grid_every == 0 or step in (1, cfg.steps):
             sample_grid(cfg, ddp, emas[str(cfg.ema[0])], step)
@@ -984,8 +904,7 @@ def train(cfg):
         evaluate(cfg)
 
 
-# twin: drift_latent.drift_stats
-def drift_stats(infos, batch, cfg):
+def drift_stats(infos, batch, cfg):  # twin: drift_latent.drift_stats
     """What shows progress, as the loss is constant by construction: m = S sqrt(C) and lambda of every key.
 
     floored: share of (key, tau) whose scale stands at its numerical floor and carries noise, not signal.
@@ -999,13 +918,6 @@ def drift_stats(infos, batch, cfg):
                 m=dict(zip(infos, m.tolist())), lam=dict(zip(infos, lam2.sqrt().tolist())),
                 alpha_mean=float(alpha_N.mean()), w_mean=float(w_N.mean()),
                 gamma_mean=float((1 - 1 / alpha_N).mean()))
-
-
-# twin: drift_latent.memory_gb
-def memory_gb(device):
-    """Peak memory of the GPU, or of the process."""
-    cuda = device.type == "cuda"
-    return torch.cuda.max_memory_allocated() / 1e9 if cuda else getrusage(RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def export(cfg, ddp, emas, source, step):
@@ -1044,8 +956,7 @@ def load_generator(cfg, device, path=None):
     return net.eval(), meta
 
 
-# twin: drift_latent.to_uint8
-def to_uint8(x_BCHW):
+def to_uint8(x_BCHW):  # twin: drift_latent.to_uint8
     """[-1, 1] -> uint8, truncated and not rounded, as in the released evaluation."""
     return ((x_BCHW + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)
 
@@ -1065,12 +976,6 @@ def sample_images(net, label_B, alpha, seed, device, batch=250):
     return torch.cat(out)
 
 
-# twin: drift_latent.rows_of_classes
-def rows_of_classes(n, classes):
-    """n labels, equally many of each class, in a fixed shuffled order."""
-    return torch.from_numpy(np.random.default_rng(0).permutation(np.arange(n) % classes))
-
-
 def sample_grid(cfg, ddp, net, step):
     """Ten columns of classes, eight rows of the same noises and styles at every step."""
     state = parallel.full_state(net)                # cut over ranks, it takes all of them to put it together
@@ -1086,17 +991,12 @@ def sample(cfg):
     """OUT/samples/alphaA.npz (arr_0 uint8 NHWC, labels) with --count images, and a grid of a hundred."""
     ddp = run.init(cfg.device)
     net, meta = load_generator(cfg, ddp.device)
-    label_B = rows_of_classes(cfg.count, meta["sizes"]["classes"])
+    label_B = judge.rows_of_classes(cfg.count, meta["sizes"]["classes"])
     began = time.time()
     images = sample_images(net, label_B, cfg.alpha, cfg.seed, ddp.device)
-    folder = Path(cfg.out) / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    name = folder / f"alpha{cfg.alpha:g}"
-    with open(f"{name}.tmp", "wb") as file:
-        np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy(), labels=label_B.numpy())
-    os.replace(f"{name}.tmp", f"{name}.npz")
-    draw.save(judge.picture(images[judge.hundred(label_B)], 10), f"{name}.png")
-    print(f"{cfg.count} images in {time.time() - began:.1f} s: {name}.npz, {name}.png")
+    took = time.time() - began
+    name = judge.save_samples(Path(cfg.out) / "samples" / f"alpha{cfg.alpha:g}", images, label_B)
+    print(f"{cfg.count} images in {took:.1f} s: {name}.npz, {name}.png")
 
 
 def evaluate(cfg):
@@ -1111,10 +1011,10 @@ def evaluate(cfg):
     if cfg.inception:
         test, base = judge.inception_test(cfg.inception, cfg.fid_stats, cfg.out, ddp.device)
     else:
-        real = [open_images(cfg, split) for split in ("train", "test")]
+        real = [open_pixels(cfg, split) for split in ("train", "test")]
         test, base = judge.classifier_test(*real, cfg.out, cfg.count, cfg.judge_epochs, cfg.seed, ddp.device)
     net, meta = load_generator(cfg, ddp.device)
-    label_B, rows = rows_of_classes(cfg.count, len(meta["names"]) or meta["sizes"]["classes"]), []
+    label_B, rows = judge.rows_of_classes(cfg.count, len(meta["names"]) or meta["sizes"]["classes"]), []
     for alpha in cfg.alphas:
         began = time.time()
         images = sample_images(net, label_B, alpha, cfg.seed + 1, ddp.device)
@@ -1135,44 +1035,35 @@ def evaluate(cfg):
 def prepare(cfg):
     """ILSVRC2012 archives as published, or an image folder, to tar shards in --out; resumable, idempotent."""
     if not cfg.words:
-        raise UserError("give the archives, or one image folder: prepare TRAIN.tar VAL.tar DEVKIT.tar.gz --out DIR")
+        raise UserError("give the archives or one folder: prepare TRAIN.tar VAL.tar DEVKIT.tar.gz --out DIR")
     imagenet.prepare(cfg.words, cfg.out, cfg.size, unofficial=cfg.unofficial)
 
 
 ABLATIONS = {"all": {}, "no_rope": dict(rope=False), "no_qk_norm": dict(qk_norm=False),
              "layer_norm": dict(rms_norm=False), "no_style": dict(style_tables=0),
-             "no_context": dict(context=0), "features_ab": dict(without="cd"), "features_abc": dict(without="d"),
-             "no_convnext": dict(without="n"), "no_pixels": dict(without="r"), "no_crop": dict(augment="flip"),
+             "no_context": dict(context=0), "features_ab": dict(without="cd"),
+             "features_abc": dict(without="d"), "no_convnext": dict(without="n"),
+             "no_pixels": dict(without="r"), "no_crop": dict(augment="flip"),
              "tau_0.02": dict(taus=(0.02,)), "tau_0.2": dict(taus=(0.2,)), "floor_0": dict(floor=0.0)}
 
 
 def ablate(cfg):
     """One short run per component switched off (5.3, A.5, A.6, table 9), same seed, data, encoder ->
-    OUT/ablate.md."""
+    OUT/ablate.md; what the preset does without already is left out."""
     ddp = run.init(cfg.device)
     mae = cfg.mae or train_mae(cfg, ddp)
-    lines = ["| variant | parameters | img/s | memory GB | log10 lambda | accuracy | fd |", "|" + "---|" * 7]
     for name, change in ABLATIONS.items():
-        change = dict(change)
-        without = change.pop("without", "")
-        change["features"] = "".join(letter for letter in cfg.features if letter not in without)
-        part = dataclasses.replace(cfg, mae=mae, out=f"{cfg.out}/{name}", then_evaluate=False, **change)
-        if name != "all" and dataclasses.replace(part, out=cfg.out, mae=cfg.mae,
-                                                 then_evaluate=cfg.then_evaluate) == cfg:
-            continue                                            # this preset is without it already
-        train(part)
-        if ddp.rank:
+        features = "".join(letter for letter in cfg.features if letter not in change.get("without", ""))
+        change = {k: v for k, v in dict(change, features=features).items() if k != "without"}
+        if name != "all" and all(getattr(cfg, field) == value for field, value in change.items()):
             continue
-        score = {} if cfg.inception else evaluate(dataclasses.replace(part, alphas=cfg.alphas[:1]))[0]
-        with open(f"{part.out}/log.jsonl") as file:
-            row = score | [r for r in map(json.loads, file) if r["kind"] == "train"][-1]    # img/s of training
-        with torch.device("meta"):
-            row["params"] = plans.numel(Generator(**sizes(part)))
-        row = dict(accuracy=math.nan, fd=math.nan) | row
-        cells = "| {name} | {params:,} | {img_s:.1f} | {mem_gb:.2f} | {lam_mean:.3f} | {accuracy:.3f} | "
-        lines.append((cells + "{fd:.2f} |").format(name=name, **row))
-        write_atomic(f"{cfg.out}/ablate.md", ("\n".join(lines) + "\n").encode())
-        print(lines[-1])
+        part = dataclasses.replace(cfg, mae=mae, out=f"{cfg.out}/{name}", then_evaluate=False, **change)
+        train(part)
+        if ddp.rank == 0:
+            score = {} if cfg.inception else evaluate(dataclasses.replace(part, alphas=cfg.alphas[:1]))[0]
+            with torch.device("meta"):
+                params = plans.numel(Generator(**sizes(part)))
+            print(plans.add_row(cfg.out, name, params, score))
 
 
 def plan(cfg):
@@ -1184,10 +1075,9 @@ def plan(cfg):
         encoder = Encoder(mae, ConvNeXt() if "n" in cfg.features else None)
         x, style = torch.empty(1, cfg.channels, cfg.size, cfg.size), torch.zeros(1, cfg.style_tables).long()
         one, mask = torch.zeros(1).long(), torch.ones(1, cfg.size // cfg.mae_fold, cfg.size // cfg.mae_fold)
-    calls = (lambda: gen(one, one.float(), x, style)), (lambda image: encoder.features(image, cfg.features))
-    run.print_plan(cfg, plans.report(
-        cfg, world, (gen, encoder, mae), len(cfg.ema), cfg.labels * cfg.gen, cfg.labels * (cfg.pos + cfg.unc),
-        (cfg.micro or cfg.labels // world) * cfg.gen, calls, lambda: mae_loss(mae, x, one, mask, 0.1)))
+    calls = (lambda: gen(one, one.float(), x, style)), (lambda x: encoder.features(x, cfg.features))
+    train_one = lambda: mae_loss(mae, x, one, mask, 0.1)
+    run.print_plan(cfg, plans.report(cfg, world, gen, encoder, mae, calls, train_one))
 
 
 def official(cfg):

@@ -1,7 +1,7 @@
 """ConvNeXt-V2 as a feature encoder of drifting: 13 keys beside the MAE's (drift.md 4.4, 4.5).
 
-Reads the published weights in Hugging Face's layout (`facebook/convnextv2-base-22k-224`, model.safetensors); the
-sizes come from the tensors, so the smaller models of the family load too.
+Reads the published weights in Hugging Face's layout (`facebook/convnextv2-base-22k-224`, model.safetensors);
+the sizes come from the tensors, so the smaller models of the family load too.
 """
 
 import re
@@ -26,7 +26,7 @@ class GRN(nn.Module):
         self.weight, self.bias = (nn.Parameter(torch.zeros(1, 1, 1, width)) for _ in range(2))
 
     def forward(self, x):
-        g = (x.square().sum((1, 2), keepdim=True) + 1e-6).sqrt()    # inside the root: a zero map has a gradient
+        g = (x.square().sum((1, 2), keepdim=True) + 1e-6).sqrt()    # so a map of zeros has a gradient
         return x + self.weight * (x * (g / (g.mean(-1, keepdim=True) + 1e-6))) + self.bias
 
 
@@ -48,8 +48,8 @@ class Layer(nn.Module):
 class Stage(nn.Module):
     def __init__(self, cin, width, depth):
         super().__init__()
-        first = (nn.LayerNorm(cin, eps=1e-6), nn.Conv2d(cin, width, 2, 2))
-        self.downsampling_layer = nn.ModuleList(first if cin else ())
+        shrink = (nn.LayerNorm(cin, eps=1e-6), nn.Conv2d(cin, width, 2, 2)) if cin else ()
+        self.downsampling_layer = nn.ModuleList(shrink)
         self.layers = nn.ModuleList(Layer(width) for _ in range(depth))
 
     def forward(self, x_BHWC, remat):
@@ -81,7 +81,7 @@ class ConvNeXt(nn.Module):
 
     @classmethod
     def load(cls, path, side=224, remat=False):
-        """Weights file, or a Hugging Face folder with model.safetensors -> frozen ConvNeXt. Raises UserError."""
+        """Weights file, or a folder with model.safetensors -> frozen ConvNeXt. Raises UserError."""
         path = Path(path)
         path = path / "model.safetensors" if path.is_dir() else path
         tensors = {k.removeprefix("convnextv2."): v.float() for k, v in run.load_weights(path)[0].items()
@@ -97,16 +97,17 @@ class ConvNeXt(nn.Module):
         try:
             net.load_state_dict(tensors, strict=True, assign=True)
         except RuntimeError as error:
-            raise UserError(f"{path} does not fit ConvNeXt-V2: {' '.join(str(error).split())[:200]}") from None
+            why = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} does not fit ConvNeXt-V2: {why}") from None
         return net.eval().requires_grad_(False)
 
     def maps(self, x_BCHW):
         """Outputs x_BHWC of the four stages."""
-        x = (x_BCHW.float() + 1) / 2                                # not clipped: beyond white still has a gradient
+        x = (x_BCHW.float() + 1) / 2                # not clipped: beyond white there is still a gradient
         mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (MEAN, STD))
         x = (x.expand(-1, 3, -1, -1) - mean) / std
         if x.shape[-2:] != (self.side, self.side):
-            x = F.interpolate(x, size=(self.side, self.side), mode="bilinear", align_corners=False, antialias=True)
+            x = F.interpolate(x, size=(self.side, self.side), mode="bilinear", antialias=True)
         x = self.embeddings.layernorm(self.embeddings.patch_embeddings(x).permute(0, 2, 3, 1))
         out = []
         for stage in self.encoder.stages:
@@ -134,6 +135,6 @@ class ConvNeXt(nn.Module):
 def standardise(x_BFC):
     """Every location's channels to mean 0 and, nearly, deviation 1."""
     mean = x_BFC.mean(-1, keepdim=True)
-    # 1e-12 moves the deviation by less than float32 can tell, and its gradient stays finite where all are equal
+    # 1e-12 moves the deviation by less than float32 can tell; the gradient stays finite where all are equal
     std = ((x_BFC - mean).square().mean(-1, keepdim=True) + 1e-12).sqrt()
     return (x_BFC - mean) / (std + 1e-3)

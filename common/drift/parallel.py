@@ -1,4 +1,4 @@
-"""A network over several ranks: whole on each (ddp), or its parameters cut over them (fsdp2), and its checkpoint.
+"""A network over several ranks: whole on each (ddp) or cut over them (fsdp2), and its checkpoint.
 
 Under fsdp2 a checkpoint holds each rank's own pieces, so nothing is gathered to write or read one, and a run
 continues on as many ranks as wrote it.

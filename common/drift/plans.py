@@ -1,10 +1,14 @@
 """What a step takes, counted on the meta device: FLOP, and the memory of a rank under each way to run it."""
 
+import json
 import math
+from resource import RUSAGE_SELF, getrusage
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
+
+from common.ckpt import write_atomic
 
 WAYS = [(how, remat) for how in ("ddp", "fsdp2") for remat in (False, True)]
 
@@ -46,8 +50,8 @@ def modes(weights_gb, other_gb, graph_gb, world, gpu_gb):
     weights_gb: parameters, gradients, moments, averages. other_gb: what no way changes. graph_gb: (without,
     with remat).
     """
-    table = {how + "+remat" * remat: (weights_gb / (world if how == "fsdp2" else 1) + other_gb + graph_gb[remat])
-             for how, remat in WAYS}
+    share = dict(ddp=1, fsdp2=world)
+    table = {how + "+remat" * remat: weights_gb / share[how] + other_gb + graph_gb[remat] for how, remat in WAYS}
     table = table if world > 1 else {k: v for k, v in table.items() if not k.startswith("fsdp2")}
     return table, next((name for name, gb in table.items() if gb <= gpu_gb), None)
 
@@ -63,14 +67,13 @@ def disk_gb(net, averages):
     return numel(net) * 4e-9 * (2 * (3 + averages) + averages + 1)
 
 
-def report(cfg, world, nets, averages, made, real, samples, calls, mae_calls):
-    """The plan of a preset: {name: number} for run.print_plan.
+def report(cfg, world, gen, encoder, mae, calls, mae_call):
+    """The plan of a preset: {name: number} for run.print_plan; all networks on the meta device.
 
-    nets: (generator, encoder, MAE) on the meta device. made, real: generated and real images a step. samples:
-    those whose graph is alive at once. calls: (generate, encode) of one image, encode(x) -> features;
-    mae_calls(): the MAE's loss of one image.
+    calls: generate() one image, encode(x) -> features of one; mae_call(): the MAE's loss of one.
     """
-    gen, encoder, mae = nets
+    made, real = cfg.labels * cfg.gen, cfg.labels * (cfg.pos + cfg.unc)
+    samples, averages = (cfg.micro or max(1, cfg.labels // world)) * cfg.gen, len(cfg.ema)
     generate, encode = calls
     image = torch.empty(1, cfg.channels, cfg.size, cfg.size, device="meta", requires_grad=True)
     with torch.no_grad():
@@ -87,7 +90,8 @@ def report(cfg, world, nets, averages, made, real, samples, calls, mae_calls):
     mae.requires_grad_(True)
     for remat in (False, True):
         remat_all(remat, mae)
-        mae_graph.append((cfg.mae_micro or cfg.mae_batch // world) * saved(mae_calls, mae) / 1e9)
+        at_once = cfg.mae_micro or max(1, cfg.mae_batch // world)
+        mae_graph.append(at_once * saved(mae_call, mae) / 1e9)
     # bf16 features of the whole batch wait between the two passes, those of samples with a gradient
     other = (2 * numbers * (2 * made + real) // world + 2 * numel(encoder)) / 1e9
     gb, way = gpu_gb(cfg.device), None
@@ -102,7 +106,7 @@ def report(cfg, world, nets, averages, made, real, samples, calls, mae_calls):
         feature_vectors=sum(f.shape[1] for f in feats.values()), ranks=world,
         memory_gb_of_features=other, **{f"generator_gb_{k}": v for k, v in table.items()},
         **{f"encoder_gb_{k}": v for k, v in mae_table.items()},
-        generator_needs=way or f"more than {world} ranks", encoder_needs=mae_way or f"more than {world} ranks")
+        generator_needs=way or f"over {world} ranks", encoder_needs=mae_way or f"over {world} ranks")
 
 
 def remat_all(on, *nets):
@@ -111,3 +115,28 @@ def remat_all(on, *nets):
             module.remat = on
 
 
+# --- measured ----------------------------------------------------------
+
+def memory_gb(device):
+    """Peak memory of the GPU, or of the process."""
+    cuda = device.type == "cuda"
+    return torch.cuda.max_memory_allocated() / 1e9 if cuda else getrusage(RUSAGE_SELF).ru_maxrss / 1e6
+
+
+HEAD = "| variant | parameters | img/s | memory GB | log10 lambda | accuracy | fd |\n|" + "---|" * 7 + "\n"
+
+
+def add_row(out, name, params, score):
+    """The run OUT/NAME as one more row of OUT/ablate.md, in the place of an older one -> the row."""
+    with open(f"{out}/{name}/log.jsonl") as file:
+        last = [r for r in map(json.loads, file) if r["kind"] == "train"][-1]
+    row = dict(accuracy=math.nan, fd=math.nan) | score | last           # img/s of training
+    cells = "| {name} | {params:,} | {img_s:.1f} | {mem_gb:.2f} | {lam_mean:.3f} | {accuracy:.3f} | "
+    line = (cells + "{fd:.2f} |").format(name=name, params=params, **row)
+    try:
+        with open(f"{out}/ablate.md") as file:
+            rows = [r for r in file.read().splitlines()[2:] if not r.startswith(f"| {name} |")]
+    except FileNotFoundError:
+        rows = []
+    write_atomic(f"{out}/ablate.md", (HEAD + "\n".join([*rows, line]) + "\n").encode())
+    return line
