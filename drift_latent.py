@@ -8,8 +8,9 @@ Reproduces  table8_ablation FID 8.46, table8_b2 1.75, table8_l2 1.54, 50k sample
             (paper scale); preset fashion: 80.2 % of one-step samples show the class asked for, docs/drift.md
 Run         1 CPU   python drift_latent.py                                        seconds, procedural pictures
             1 CPU   python drift_latent.py --preset fashion --data FASHION_MNIST  encoder, generator, scores
-            1 GPU   python drift_latent.py cache --data IMAGENET --vae VAE --out CACHE
-                    python drift_latent.py mae --preset table8_ablation --data IMAGENET --vae VAE
+            data    python drift_latent.py prepare TRAIN.tar VAL.tar DEVKIT.tgz --image-size 256 --out SHARDS
+            1 GPU   python drift_latent.py cache --preset table8_ablation --data SHARDS --vae VAE --out CACHE
+                    python drift_latent.py mae --preset table8_ablation --data SHARDS --vae VAE
                     python drift_latent.py --preset table8_ablation --data CACHE --mae MAE.safetensors
             8 GPUs  torchrun --nproc_per_node=8 drift_latent.py --preset table8_l2 --data CACHE --mae MAE...
             weights python drift_latent.py official FOLDER --out runs/l2
@@ -24,14 +25,12 @@ R rows of the loss = labels x locations  F locations of a key  L tokens  D width
 import contextlib
 import copy
 import dataclasses
-import json
 import math
 import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
 import torch
@@ -40,9 +39,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common import data, draw, run
-from common.drift import jax_release, judge
-from common.ckpt import write_atomic
+from common import data, draw, imagenet, run
+from common.drift import jax_release, judge, parallel, plans
 from common.drift.codec import load_strict, open_codec
 from common.kernels import drift_loss
 from common.drift.queues import Bank, Source, mae_batches, open_images
@@ -53,7 +51,7 @@ from common.run import UserError, opt
 
 @dataclass(frozen=True)
 class Config:
-    words: tuple = opt((), "official: the artifact folder", positional=True)
+    words: tuple = opt((), "official: the artifact folder; prepare: archives, or one folder", positional=True)
     preset: str = opt("smoke", "a row of PRESETS")
     out: str = opt("", "run directory (default runs/drift_latent/PRESET)")
     data: str = opt("", "images or a latent cache; empty: procedural pictures of ten shapes")
@@ -61,6 +59,7 @@ class Config:
     device: str = opt("auto", "auto, cpu, cuda, mps")
     steps: int = opt(30_000, "optimizer steps of the generator")
     compile: bool = opt(False, "torch.compile generator and encoder")
+    shard: str = opt("ddp", "several ranks: networks whole on each, or cut over them", choices=parallel.WAYS)
     wandb: str = opt("", "Weights & Biases project")
     json: bool = opt(False, "plan: print one JSON object", free=True)
     # pictures and latents
@@ -68,6 +67,7 @@ class Config:
     colors: int = opt(3, "channels of the images: 3, or 1 for grey")
     fit: str = opt("crop", "images of another size: ADM centre crop or black border", choices=("crop", "pad"))
     flip: bool = opt(True, "mirror images every other time")
+    unofficial: bool = opt(False, "prepare: take other archives than the published ones", free=True)
     codec: str = opt("sdvae", "image to latent", choices=("sdvae", "pca"))
     vae: str = opt("", "SD-VAE: safetensors file or diffusers folder", free=True)
     size: int = opt(32, "side of the latent")
@@ -85,7 +85,7 @@ class Config:
     rope: bool = opt(True, "rotary positions beside the learned ones")
     rms_norm: bool = opt(True, "RMSNorm with gain in blocks; off: LayerNorm without")
     attn_fp32: bool = opt(True, "softmax and its products in float32 under bf16")
-    remat: bool = opt(False, "recompute blocks in the backward pass")
+    remat: bool = opt(False, "recompute blocks of generator and encoder in the backward pass", free=True)
     # feature encoder
     mae: str = opt("", "encoder: mae.safetensors or an official artifact folder; empty: train one in OUT/mae")
     mae_width: int = opt(256, "channels of the encoder's first stage")
@@ -94,6 +94,7 @@ class Config:
     mae_fold: int = opt(1, "input cells folded into channels before the first convolution")
     mae_steps: int = opt(30_000, "optimizer steps of the encoder")
     mae_batch: int = opt(8192, "images a step, all ranks together")
+    mae_micro: int = opt(0, "images a rank encodes at once, 0 all; the loss is the same", free=True)
     mae_lr: float = opt(4e-3, "encoder learning rate")
     mae_warmup: int = opt(4000, "linear warm-up from 1e-6")
     mae_ema: float = opt(0.9995, "averaged weights are the encoder")
@@ -144,16 +145,16 @@ class Config:
 
 
 B2 = dict(size=32, channels=4, patch=2, width=768, depth=12, heads=12, context=16, style_tables=32)
-LONG = dict(mae_width=640, mae_steps=200_000, cls_steps=3000, lr=4e-4, warmup=10_000, steps=200_000,
-            labels=128, gen=64, pos=64, unc=32, push=128, attn_fp32=False,
+LONG = dict(mae_width=640, mae_steps=200_000, mae_micro=64, cls_steps=3000, lr=4e-4, warmup=10_000,
+            steps=200_000, labels=128, gen=64, pos=64, unc=32, push=128, attn_fp32=False,
             ema=(0.999, 0.9995, 0.9998, 0.9999), alphas=(1.0, 1.1, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 3.5))
 TINY = dict(image_size=32, fit="pad", codec="pca", size=16, patch=4, classes=10, context=4, style_tables=8,
             style_codes=16, mae_fold=2, mae_groups=8, mae_crop=False, mask_cell=1, labels=10, count=2000,
             alphas=(1.0, 1.5, 2.0))
 PRESETS = {
     "table8_ablation": dict(paper="table 8, ablation default", expect=dict(fid=8.46), set=dict(
-        B2, mae_width=256, mae_steps=30_000, lr=2e-4, wd=0.01, warmup=5000, steps=30_000, labels=64, gen=64,
-        pos=64, unc=16, alpha_power=3.0, push=64, micro=2)),
+        B2, mae_width=256, mae_steps=30_000, mae_micro=128, lr=2e-4, wd=0.01, warmup=5000, steps=30_000,
+        labels=64, gen=64, pos=64, unc=16, alpha_power=3.0, push=64, micro=2)),
     # the paper prints N_pos 128 for B/2, the released configuration 64 (D3): --pos 128
     "table8_b2": dict(paper="table 8, column B/2", expect=dict(fid=1.75, isc=263.2), set=dict(
         B2, **LONG, wd=0.0, alpha_power=5.0, micro=2)),
@@ -294,6 +295,12 @@ def unpatchify(x_BLP, p, side):
     return x.reshape(x.shape[0], x.shape[1], side * p, side * p)
 
 
+def call(block, *args, remat):
+    """block(*args); remat: keep its input alone and run it again in the backward pass."""
+    again = remat and torch.is_grad_enabled()
+    return checkpoint(block, *args, use_reentrant=False) if again else block(*args)
+
+
 class Generator(nn.Module):
     """The one-step generator, a DiT: net(label_B, alpha_B, eps_BCHW, style_BT) -> sample_BCHW.
 
@@ -367,8 +374,7 @@ class Generator(nn.Module):
             ctx_BLD = self.context_in(cond_BD)[:, None] + self.context.to(tokens.dtype)
             x_BLD = torch.cat([ctx_BLD, x_BLD], dim=1)
         for block in self.blocks:
-            args = x_BLD, cond_BD, self.cos, self.sin
-            x_BLD = checkpoint(block, *args, use_reentrant=False) if self.remat else block(*args)
+            x_BLD = call(block, x_BLD, cond_BD, self.cos, self.sin, remat=self.remat)
         b, s = modulation(self.ada_out, cond_BD, 2, x_BLD.dtype)
         out_BLP = self.patch_out((1 + s) * self.norm_out(x_BLD) + b)[:, -self.pos.shape[0]:]
         return unpatchify(out_BLP, self.patch, self.size // self.patch)
@@ -458,11 +464,12 @@ class MAE(nn.Module):
     channels in a group: with one, the stage norms make a map's mean and std constants, those keys noise.
     """
 
-    def __init__(self, channels=4, width=256, classes=1000, blocks=(3, 4, 6, 3), patch=1, groups=32):
+    def __init__(self, channels=4, width=256, classes=1000, blocks=(3, 4, 6, 3), patch=1, groups=32,
+                 remat=False):
         super().__init__()
         self.sizes = dict(channels=channels, width=width, classes=classes, blocks=tuple(blocks), patch=patch,
                           groups=groups)
-        self.patch, cin = patch, channels * patch * patch
+        self.patch, self.remat, cin = patch, remat, channels * patch * patch
         C = [width, width, 2 * width, 4 * width, 8 * width]  # conv1, then the four stages
         self.conv1, self.gn1 = conv(cin, width), group_norm(width, groups)
         self.stages = nn.ModuleList(
@@ -492,7 +499,7 @@ class MAE(nn.Module):
         blocks = {}
         for i, (stage, norm) in enumerate(zip(self.stages, self.norms), 1):
             for j, block in enumerate(stage, 1):
-                x = block(x)
+                x = call(block, x, remat=self.remat)
                 if j % 2 == 0:
                     blocks[f"layer{i}_blk{j}"] = x
             x = maps[f"layer{i}"] = norm(x)
@@ -511,8 +518,8 @@ class MAE(nn.Module):
         x = self.fold(x_BCHW)
         out = {"global": x_BCHW.permute(0, 2, 3, 1).flatten(1)[:, None],
                "norm_x": (x.float().square().mean((2, 3)) + 1e-6).sqrt()[:, None]}
-        if "r" in sets:  # ours, for weak encoders: the latent itself as one more map
-            out.update(map_features("x", x_BCHW, sets))
+        if "r" in sets:  # ours, for weak encoders: their input itself as one more map
+            out.update(map_features("x", x, sets))
         with no_autocast(x):  # GroupNorm stays in the weights' dtype, bf16 on a GPU
             for name, fmap in self.encode(x.to(self.conv1.weight.dtype)).items():
                 out.update(map_features(name, fmap, sets))
@@ -526,7 +533,8 @@ def mae_loss(mae, x_BCHW, label_B, mask_BHW, lam):
     mask_BHW: 1 where the (folded) input was hidden.
     """
     recon, logit_BK = mae(x_BCHW, mask_BHW)
-    error_BHW = (recon.float() - mae.fold(x_BCHW).float()).square().sum(1)
+    target = getattr(mae, "module", mae).fold(x_BCHW).float()
+    error_BHW = (recon.float() - target).square().sum(1)
     recon_B = (error_BHW * mask_BHW).sum((1, 2)) / (mask_BHW.sum((1, 2)) + 1e-8)
     ce = F.cross_entropy(logit_BK.float(), label_B)
     accuracy = (logit_BK.argmax(1) == label_B).float().mean()
@@ -710,6 +718,25 @@ def mae_sizes(cfg):
                 patch=cfg.mae_fold, groups=cfg.mae_groups)
 
 
+def mae_backward(net, x_BCHW, label_B, mask_BHW, lam, cfg, ddp):
+    """Forward and backward of one step -> mean (loss, reconstruction, accuracy).
+
+    An image's loss is its own, so with --mae-micro k images at a time the gradient stays the same.
+    """
+    B, total = len(x_BCHW), 0
+    k = cfg.mae_micro or B
+    for i in range(0, B, k):
+        part = slice(i, min(i + k, B))
+        quiet = part.stop < B and hasattr(net, "no_sync")
+        with net.no_sync() if quiet else contextlib.nullcontext():
+            with run.autocast(ddp.device):
+                parts = mae_loss(net, x_BCHW[part], label_B[part], mask_BHW[part], lam)
+            share = (part.stop - part.start) / B
+            (parts[0] * share).backward()
+        total = total + share * torch.stack(parts).detach()
+    return total
+
+
 def train_mae(cfg, ddp=None, source=None):
     """Masked autoencoder on latents (4.2, 4.3) -> path of OUT/mae/mae.safetensors, the averaged weights."""
     ddp = ddp or run.init(cfg.device)
@@ -718,19 +745,21 @@ def train_mae(cfg, ddp=None, source=None):
     out = Path(cfg.out) / "mae"
     cfg = dataclasses.replace(cfg, out=str(out))
     run.seed_all(cfg.seed, 0)
-    mae = MAE(**mae_sizes(cfg)).to(ddp.device)
-    ema, optim = copy.deepcopy(mae), adamw(mae, cfg.mae_lr, 0.01)
-    state = dict(net=mae, ema=ema, optim=optim)
+    mae = MAE(**mae_sizes(cfg), remat=cfg.remat).to(ddp.device)
+    ema = copy.deepcopy(mae)
+    net = parallel.wrap(mae, (BasicBlock, UpBlock), ddp, cfg.shard, [ema])
+    optim = adamw(mae, cfg.mae_lr, 0.01)
+    state, ranked = parallel.states(dict(net=mae, ema=ema, optim=optim), {}, ddp, cfg.shard)
     log = run.Log(cfg, ddp, data=dict(images=cfg.data or "procedural", rows=len(source.labels)))
-    start = run.load(out, state, ddp)
-    net = nn.parallel.DistributedDataParallel(mae) if ddp.world > 1 else mae
+    start = run.load(out, state, ddp, ranked)
     side, epochs = cfg.size // cfg.mae_fold, cfg.mae_batch * cfg.mae_steps / len(source.labels)
 
     def export(name, cls_steps):
         meta = dict(kind="mae", sizes=mae_sizes(cfg), step=step, epochs=round(epochs, 2), cls_steps=cls_steps,
                     ema=cfg.mae_ema, codec=source.codec.meta(), names=source.names, preset=cfg.preset)
+        tensors = {**parallel.full_state(ema), **source.codec.state()}
         if ddp.rank == 0:
-            run.save_weights(out / name, {**ema.state_dict(), **source.codec.state()}, meta)
+            run.save_weights(out / name, tensors, meta)
 
     batches = mae_batches(cfg, source, ddp, start)
     for step in run.progress(start, cfg.mae_steps, ddp, "mae"):
@@ -739,22 +768,20 @@ def train_mae(cfg, ddp=None, source=None):
         mask_BHW = random_mask(len(x_BCHW), side, cfg.mask_cell, cfg.mask_ratio).to(ddp.device)
         lam = cls_lambda(step - 1, cfg.mae_steps, cfg.cls_steps, cfg.cls_warmup, cfg.cls_weight)
         lr = optim.param_groups[0]["lr"] = lr_at(step - 1, cfg.mae_lr, cfg.mae_warmup)
-        with run.autocast(ddp.device):
-            loss, recon, accuracy = mae_loss(net, x_BCHW, label_B, mask_BHW, lam)
         optim.zero_grad(set_to_none=True)
-        loss.backward()
+        values = mae_backward(net, x_BCHW, label_B, mask_BHW, lam, cfg, ddp)
         nn.utils.clip_grad_norm_(mae.parameters(), 2.0)
         optim.step()
         ema_update(ema, mae, cfg.mae_ema)
         if step % cfg.log_every == 0 or step == cfg.mae_steps:
-            loss, recon, accuracy = (float(run.all_mean(v, ddp)) for v in (loss.detach(), recon, accuracy))
+            loss, recon, accuracy = run.all_mean(values, ddp).tolist()
             run.check_finite(step, loss=loss)
             log("mae", step=step, loss=loss, recon=recon, accuracy=accuracy, lam=lam, lr=lr)
         if cfg.cls_steps and step == cfg.mae_steps - cfg.cls_steps:
             export("mae_before_cls.safetensors", 0)
         if step == cfg.mae_steps:
             export("mae.safetensors", cfg.cls_steps)
-        run.save_if_due(out, step, cfg.mae_steps, cfg.save_every, state, ddp)
+        run.save_if_due(out, step, cfg.mae_steps, cfg.save_every, state, ddp, ranked)
     log.finish()
     return str(out / "mae.safetensors")
 
@@ -778,6 +805,7 @@ def load_encoder(cfg, ddp, source):
     if not isinstance(mae, MAE) or any(mae.sizes[name] != value for name, value in wanted.items()):
         raise UserError(f"{path} is no encoder of width {cfg.mae_width} for {cfg.channels} channels; "
                         "see --mae-width and --channels")
+    mae.remat = cfg.remat
     with run.autocast(ddp.device):
         low = torch.is_autocast_enabled(ddp.device.type)
     return mae.eval().requires_grad_(False).to(ddp.device, torch.bfloat16 if low else torch.float32)
@@ -821,17 +849,19 @@ def train(cfg):
     run.seed_all(cfg.seed, 0)
     gen = Generator(**sizes(cfg), remat=cfg.remat).to(ddp.device)
     emas = {str(decay): copy.deepcopy(gen).eval().requires_grad_(False) for decay in cfg.ema}
+    need_gb = plans.disk_gb(gen, len(emas))
+    net = parallel.wrap(gen, (Block,), ddp, cfg.shard, emas.values())
     optim = adamw(gen, cfg.lr, cfg.wd)
     bank = Bank(source, cfg.classes, (cfg.channels, cfg.size, cfg.size), cfg.bank, cfg.bank_unc)
     state = dict(net=gen, optim=optim, **{f"ema_{decay}": ema for decay, ema in emas.items()})
-    log = run.Log(cfg, ddp, need_gb=plan_disk_gb(gen, cfg), data=dict(images=cfg.data or "procedural"))
-    start = run.load(cfg.out, state, ddp, ranked=dict(bank=bank))
+    state, ranked = parallel.states(state, dict(bank=bank), ddp, cfg.shard)
+    log = run.Log(cfg, ddp, need_gb=need_gb, data=dict(images=cfg.data or "procedural"))
+    start = run.load(cfg.out, state, ddp, ranked)
     order = data.Order(len(source.labels), max(cfg.push, 1) * ddp.world, cfg.seed, ddp.rank, ddp.world)
     if start == 0 and cfg.fill:
         rows = np.random.default_rng([cfg.seed, 3]).permutation(len(source.labels))
         bank.push(0, rows[ddp.rank::ddp.world][:cfg.fill])
         bank.last = bank.last[:0]
-    net = nn.parallel.DistributedDataParallel(gen, broadcast_buffers=False) if ddp.world > 1 else gen
     if cfg.compile:
         net, mae.features = torch.compile(net), torch.compile(mae.features)
     group, began, images = (dist.group.WORLD if ddp.world > 1 else None), time.time(), 0
@@ -844,7 +874,7 @@ def train(cfg):
         lr = optim.param_groups[0]["lr"] = lr_at(step - 1, cfg.lr, cfg.warmup, cfg.schedule, cfg.steps)
         optim.zero_grad(set_to_none=True)
         loss, infos = drift_backward(net, mae, batch, cfg, ddp, group)
-        grad_norm = nn.utils.clip_grad_norm_(gen.parameters(), cfg.clip)
+        grad_norm = parallel.full(nn.utils.clip_grad_norm_(gen.parameters(), cfg.clip))
         optim.step()
         for decay, ema in emas.items():
             ema_update(ema, gen, float(decay))
@@ -854,13 +884,13 @@ def train(cfg):
             loss = float(run.all_mean(loss, ddp))
             run.check_finite(step, loss=loss, grad_norm=grad_norm)
             log("train", step=step, loss=loss, grad_norm=float(grad_norm), lr=lr,
-                img_s=images / (time.time() - began), mem_gb=memory_gb(ddp.device),
+                img_s=images / (time.time() - began), mem_gb=plans.memory_gb(ddp.device),
                 underflows=bank.by_class.underflows, **drift_stats(infos, batch, cfg))
         if step % cfg.grid_every == 0 or step in (1, cfg.steps):
             sample_grid(cfg, ddp, emas[str(cfg.ema[0])], source, step)
         if step % cfg.save_every == 0 or step == cfg.steps:
             export(cfg, ddp, emas, source, step)
-        run.save_if_due(cfg.out, step, cfg.steps, cfg.save_every, state, ddp, ranked=dict(bank=bank))
+        run.save_if_due(cfg.out, step, cfg.steps, cfg.save_every, state, ddp, ranked)
     log.finish()
     if cfg.then_evaluate and ddp.rank == 0:
         evaluate(cfg)
@@ -882,21 +912,15 @@ def drift_stats(infos, batch, cfg):
                 gamma_mean=float((1 - 1 / alpha_N).mean()))
 
 
-def memory_gb(device):
-    """Peak memory of the GPU, or of the process."""
-    cuda = device.type == "cuda"
-    return torch.cuda.max_memory_allocated() / 1e9 if cuda else getrusage(RUSAGE_SELF).ru_maxrss / 1e6
-
-
 def export(cfg, ddp, emas, source, step):
     """ema.safetensors (first decay), ema_DECAY.safetensors; every --keep-every steps a copy in weights/."""
-    if ddp.rank:
-        return
     codec = source.codec.meta() if source.codec else dict(kind=cfg.codec)
     for i, (decay, ema) in enumerate(emas.items()):
         meta = dict(kind="generator", sizes=sizes(cfg), step=step, ema=float(decay), codec=codec,
                     names=source.names, preset=cfg.preset)
-        tensors = {**ema.state_dict(), **(source.codec.state() if source.codec else {})}
+        tensors = {**parallel.full_state(ema), **(source.codec.state() if source.codec else {})}
+        if ddp.rank:
+            continue
         name = "ema.safetensors" if i == 0 else f"ema_{decay}.safetensors"
         run.save_weights(Path(cfg.out) / name, tensors, meta)
         if i == 0 and (step % cfg.keep_every == 0 or step == cfg.steps):
@@ -945,14 +969,12 @@ def sample_images(net, codec, label_B, alpha, seed, device, batch=250):
     return torch.cat(out)
 
 
-def rows_of_classes(n, classes):
-    """n labels, equally many of each class, in a fixed shuffled order."""
-    return torch.from_numpy(np.random.default_rng(0).permutation(np.arange(n) % classes))
-
-
 def sample_grid(cfg, ddp, net, source, step):
     """Ten columns of classes, eight rows of the same noises and styles at every step."""
+    state = parallel.full_state(net)                # cut over ranks, it takes all of them to put it together
     if ddp.rank == 0 and source.codec:
+        net = Generator(**sizes(cfg)).to(ddp.device).eval()
+        net.load_state_dict(state)
         label_B = torch.arange(min(10, cfg.classes)).repeat(8)
         images = sample_images(net, source.codec, label_B, cfg.alpha, cfg.seed, ddp.device)
         draw.save(judge.picture(images, min(10, cfg.classes)), Path(cfg.out) / "samples" / f"{step:08d}.png")
@@ -962,17 +984,12 @@ def sample(cfg):
     """OUT/samples/alphaA.npz (arr_0 uint8 NHWC, labels) with --count images, and a grid of a hundred."""
     ddp = run.init(cfg.device)
     net, codec, meta = load_generator(cfg, ddp.device)
-    label_B = rows_of_classes(cfg.count, meta["sizes"]["classes"])
+    label_B = judge.rows_of_classes(cfg.count, meta["sizes"]["classes"])
     began = time.time()
     images = sample_images(net, codec, label_B, cfg.alpha, cfg.seed, ddp.device)
-    folder = Path(cfg.out) / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    name = folder / f"alpha{cfg.alpha:g}"
-    with open(f"{name}.tmp", "wb") as file:
-        np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy(), labels=label_B.numpy())
-    os.replace(f"{name}.tmp", f"{name}.npz")
-    draw.save(judge.picture(images[judge.hundred(label_B)], 10), f"{name}.png")
-    print(f"{cfg.count} images in {time.time() - began:.1f} s: {name}.npz, {name}.png")
+    took = time.time() - began
+    name = judge.save_samples(Path(cfg.out) / "samples" / f"alpha{cfg.alpha:g}", images, label_B)
+    print(f"{cfg.count} images in {took:.1f} s: {name}.npz, {name}.png")
 
 
 def evaluate(cfg):
@@ -992,7 +1009,7 @@ def evaluate(cfg):
             raise UserError("--data is a latent cache: give the images, or --inception and --fid-stats")
         test, base = judge.classifier_test(*real, cfg.out, cfg.count, cfg.judge_epochs, cfg.seed, ddp.device)
     net, codec, meta = load_generator(cfg, ddp.device)
-    label_B, rows = rows_of_classes(cfg.count, len(meta["names"]) or meta["sizes"]["classes"]), []
+    label_B, rows = judge.rows_of_classes(cfg.count, len(meta["names"]) or meta["sizes"]["classes"]), []
     for alpha in cfg.alphas:
         began = time.time()
         images = sample_images(net, codec, label_B, alpha, cfg.seed + 1, ddp.device)
@@ -1008,7 +1025,14 @@ def evaluate(cfg):
     return rows
 
 
-# --- cache, ablate, plan, official -------------------------------------
+# --- prepare, cache, ablate, plan, official ----------------------------
+
+def prepare(cfg):
+    """ILSVRC2012 archives as published, or an image folder, to tar shards in --out; resumable, idempotent."""
+    if not cfg.words:
+        raise UserError("give the archives or one folder: prepare TRAIN.tar VAL.tar DEVKIT.tar.gz --out DIR")
+    imagenet.prepare(cfg.words, cfg.out, cfg.image_size, unofficial=cfg.unofficial)
+
 
 def cache(cfg):
     """Encode every image and its mirror with the SD-VAE into a latent cache at --out; resumable."""
@@ -1033,55 +1057,26 @@ def ablate(cfg):
     """One short run per component switched off (5.3, A.5, A.6), same seed, data, encoder -> OUT/ablate.md."""
     ddp = run.init(cfg.device)
     mae = cfg.mae or train_mae(cfg, ddp)
-    lines = ["| variant | parameters | img/s | memory GB | log10 lambda | accuracy | fd |", "|" + "---|" * 7]
     for name, change in ABLATIONS.items():
         part = dataclasses.replace(cfg, mae=mae, out=f"{cfg.out}/{name}", then_evaluate=False, **change)
         train(part)
-        if ddp.rank:
-            continue
-        score = {} if cfg.inception else evaluate(dataclasses.replace(part, alphas=cfg.alphas[:1]))[0]
-        with open(f"{part.out}/log.jsonl") as file:
-            row = score | [r for r in map(json.loads, file) if r["kind"] == "train"][-1]    # img/s of training
-        with torch.device("meta"):
-            row["params"] = sum(p.numel() for p in Generator(**sizes(part)).parameters())
-        row = dict(accuracy=math.nan, fd=math.nan) | row
-        cells = "| {name} | {params:,} | {img_s:.1f} | {mem_gb:.2f} | {lam_mean:.3f} | {accuracy:.3f} | "
-        lines.append((cells + "{fd:.2f} |").format(name=name, **row))
-        write_atomic(f"{cfg.out}/ablate.md", ("\n".join(lines) + "\n").encode())
-        print(lines[-1])
-
-
-def plan_disk_gb(gen, cfg):
-    """Two checkpoints of net, averages and Adam's moments, and the exported weights."""
-    return sum(p.numel() for p in gen.parameters()) * 4e-9 * (2 * (3 + len(cfg.ema)) + len(cfg.ema) + 1)
+        if ddp.rank == 0:
+            score = {} if cfg.inception else evaluate(dataclasses.replace(part, alphas=cfg.alphas[:1]))[0]
+            with torch.device("meta"):
+                params = plans.numel(Generator(**sizes(part)))
+            print(plans.add_row(cfg.out, name, params, score))
 
 
 def plan(cfg):
-    """Parameters, FLOPs (2 per multiply-add), memory and disk of a preset, counted on the meta device."""
-    from torch.utils.flop_counter import FlopCounterMode
+    """Parameters, FLOP (2 per multiply-add), disk, and the memory of a rank under every way to run."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    with torch.device("meta"), torch.no_grad():
+    with torch.device("meta"):
         gen, mae = Generator(**sizes(cfg)), MAE(**mae_sizes(cfg))
         x, style = torch.empty(1, cfg.channels, cfg.size, cfg.size), torch.zeros(1, cfg.style_tables).long()
-        with FlopCounterMode(display=False) as of_gen:
-            gen(torch.zeros(1).long(), torch.ones(1), x, style)
-        with FlopCounterMode(display=False) as of_mae:
-            feats = mae.features(x, cfg.features)
-    gen_flops, mae_flops = of_gen.get_total_flops(), of_mae.get_total_flops()
-    params, mae_params = (sum(p.numel() for p in net.parameters()) for net in (gen, mae))
-    made, real = cfg.labels * cfg.gen, cfg.labels * (cfg.pos + cfg.unc)
-    # the generator runs forward and backward (3 forwards), the encoder backward towards its input only (2)
-    flops = 3 * made * gen_flops + (2 * made + real) * mae_flops
-    numbers = sum(f.shape[1] * f.shape[2] for f in feats.values())
-    k = (cfg.micro or cfg.labels // world) * cfg.gen  # samples whose graph is alive at once
-    graph = k * (numbers * 6 + (gen.cos.shape[0] * cfg.width * cfg.depth * 24)) * 2
-    memory = params * 4 * (4 + len(cfg.ema)) + mae_params * 2 + graph
-    memory += 2 * numbers * (2 * made + real) // world
-    run.print_plan(cfg, dict(
-        params=params, flops_per_step=flops, memory_gb_per_rank=memory / 1e9, disk_gb=plan_disk_gb(gen, cfg),
-        hours_at_mfu=flops * cfg.steps / (400e12 * world) / 3600, mfu_assumed="400 TFLOP/s a rank",
-        mae_params=mae_params, generator_flops=gen_flops, encoder_flops=mae_flops, feature_keys=len(feats),
-        feature_vectors=sum(f.shape[1] for f in feats.values())))
+        one, mask = torch.zeros(1).long(), torch.ones(1, cfg.size // cfg.mae_fold, cfg.size // cfg.mae_fold)
+    calls = (lambda: gen(one, one.float(), x, style)), (lambda x: mae.features(x, cfg.features))
+    train_one = lambda: mae_loss(mae, x, one, mask, 0.1)
+    run.print_plan(cfg, plans.report(cfg, world, gen, mae, mae, calls, train_one))
 
 
 def official(cfg):
@@ -1097,5 +1092,5 @@ def official(cfg):
 
 
 if __name__ == "__main__":
-    run.main(Config, PRESETS, dict(train=train, sample=sample, evaluate=evaluate, plan=plan, cache=cache,
-                                   mae=train_mae, ablate=ablate, official=official))
+    run.main(Config, PRESETS, dict(train=train, sample=sample, evaluate=evaluate, plan=plan, prepare=prepare,
+                                   cache=cache, mae=train_mae, ablate=ablate, official=official))

@@ -5,6 +5,7 @@ Both return a function (images uint8 [B, C, H, W], asked labels, name) -> dict o
 pictures.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,21 @@ def picture(x_BCHW, columns):
 def hundred(label_B):
     """Rows of (at most) a hundred images, sorted by label: ten rows of ten where there are ten classes."""
     return label_B.argsort(stable=True)[torch.linspace(0, len(label_B) - 1, min(100, len(label_B))).long()]
+
+
+def rows_of_classes(n, classes):
+    """n labels, equally many of each class, in a fixed shuffled order."""
+    return torch.from_numpy(np.random.default_rng(0).permutation(np.arange(n) % classes))
+
+
+def save_samples(name, images, label_B):
+    """NAME.npz (arr_0 uint8 NHWC, labels; whole or not there) and NAME.png, a grid of a hundred -> NAME."""
+    name.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{name}.tmp", "wb") as file:
+        np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy(), labels=label_B.numpy())
+    os.replace(f"{name}.tmp", f"{name}.npz")
+    draw.save(picture(images[hundred(label_B)], 10), f"{name}.png")
+    return name
 
 
 def classifier_test(train, test, out, count, epochs, seed, device):

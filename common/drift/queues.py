@@ -1,8 +1,10 @@
 """Real samples of drifting: where latents come from, and the queues that a step draws from.
 
 A latent has an id, 2 * row + mirrored, and is a function of it. So a checkpoint of the queues is ids and
-nothing else, and a resumed run reads the same latents back.
+nothing else, and a resumed run reads the same latents back. Of drift_pixel.py the same holds for images.
 """
+
+import os
 
 import numpy as np
 import torch
@@ -61,11 +63,52 @@ class Source:
         return ids
 
 
+def open_pixels(cfg, split="train", augment="none"):
+    images = data.open_images(cfg.data or None, size=cfg.size, split=split, channels=cfg.channels,
+                              fit=cfg.fit, seed=cfg.seed, augment=augment)
+    if hasattr(images, "manifest"):
+        raise UserError(f"{cfg.data} is a latent cache; drift_pixel.py needs images")
+    return images
+
+
+class Pixels:
+    """Real images by id = epoch * images + row, as bytes; crop and mirror by (seed, epoch, row).
+
+    So the queues' checkpoint is ids and nothing else, and a resumed run crops the same images again.
+    """
+
+    dtype, at_once = torch.uint8, 8192
+
+    def __init__(self, cfg):
+        self.images, self.seed = open_pixels(cfg, augment=cfg.augment), cfg.seed
+        self.labels, self.names = self.images.labels, self.images.classes
+        if len(self.names) > cfg.classes:
+            raise UserError(f"{cfg.data} has {len(self.names)} classes; give --classes {len(self.names)}")
+        if cfg.augment == "none" and cfg.data and len(self.labels) * cfg.channels * cfg.size ** 2 < 1 << 28:
+            self.images.tensor()                        # a set this small stays in memory
+
+    def ids(self, epoch, rows):
+        return epoch * len(self.labels) + torch.as_tensor(np.asarray(rows))
+
+    def __getitem__(self, i):
+        epoch, row = divmod(i, len(self.labels))
+        return self.images.batch([row], (self.seed, epoch))[0][0]
+
+    def latents(self, ids):
+        """int64 ids [B] -> uint8 [B, C, H, W]; many are decoded by several processes."""
+        few = self.images.whole is not None or len(ids) < 1000
+        loader = torch.utils.data.DataLoader(
+            self, batch_size=64, sampler=ids.tolist(), generator=torch.Generator(),     # the global one is not ours
+            num_workers=0 if few else min(16, os.cpu_count() or 1))
+        return torch.cat(list(loader))
+
+
 class Ring:
     """One ring buffer of latents per label; the checkpoint holds the ids and the latents are read back."""
 
     def __init__(self, labels, size, shape, source):
-        self.x, self.ids = torch.zeros(labels, size, *shape), torch.full((labels, size), -1)
+        self.x = torch.zeros(labels, size, *shape, dtype=getattr(source, "dtype", torch.float32))
+        self.ids = torch.full((labels, size), -1)
         self.next, self.count = torch.zeros(labels, dtype=torch.int64), torch.zeros(labels, dtype=torch.int64)
         self.size, self.source, self.underflows = size, source, 0
 
@@ -99,10 +142,8 @@ class Ring:
         for name in ("ids", "next", "count"):
             getattr(self, name).copy_(state[name])
         self.underflows = state["underflows"]
-        for x_S, ids_S in zip(self.x, self.ids):
-            stored = ids_S >= 0
-            if stored.any():
-                x_S[stored] = self.source.latents(ids_S[stored])
+        for part in (self.ids >= 0).nonzero().split(getattr(self.source, "at_once", 128)):
+            self.x[part[:, 0], part[:, 1]] = self.source.latents(self.ids[part[:, 0], part[:, 1]])
 
 
 class Bank:
@@ -114,10 +155,12 @@ class Bank:
         self.source, self.last = source, torch.zeros(0, dtype=torch.int64)
         self.by_class, self.any = Ring(classes, size, shape, source), Ring(1, size_any, shape, source)
 
-    def push(self, epoch, rows):
-        """Real images enter both queues; their labels are those the next step may draw."""
+    def push(self, epoch, rows, x_BCHW=None):
+        """Real images enter both queues; their labels are those the next step may draw. x_BCHW: them, if at
+        hand."""
         ids_B = self.source.ids(epoch, rows)
-        x_BCHW, label_B = self.source.latents(ids_B), torch.from_numpy(self.source.labels[np.asarray(rows)])
+        x_BCHW = self.source.latents(ids_B) if x_BCHW is None else x_BCHW
+        label_B = torch.from_numpy(self.source.labels[np.asarray(rows)])
         self.by_class.push(x_BCHW, label_B, ids_B)
         self.any.push(x_BCHW, torch.zeros_like(label_B), ids_B)
         self.last = label_B
