@@ -6,7 +6,6 @@ files, absolute names, "..", headers of more than a MiB, tars of more than a qua
 
 import contextlib
 import fcntl
-import hashlib
 import io
 import json
 import os
@@ -113,11 +112,6 @@ def write_whole(path, data):
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def sha256_file(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path):

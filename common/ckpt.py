@@ -21,9 +21,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from common.files import fsync, sha256_file, write_atomic
 from common.flags import UserError, script_name
 
 KEEP = 2
+HEADER_LIMIT = 100 << 20                      # of a safetensors header: the limit of the library itself
 
 
 class Interrupted(Exception):
@@ -33,39 +35,20 @@ class Interrupted(Exception):
 # --- files -------------------------------------------------------------------
 
 
-def sha256_file(path):
-    """Hex SHA-256 of a file, read in 1 MiB blocks."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fsync(path):
-    """Force a file or a directory entry to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomic(path, data):
-    """Replace path by the bytes data, or leave it as it was."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+UNSEALED = "0" * 64                             # stands for the seal in the bytes that the seal is the SHA-256 of
 
 
 def save_weights(path, tensors, meta):
-    """Weights for others to load: safetensors with meta (a JSON object) in its metadata, written atomically."""
+    """Weights for others to load: safetensors with meta (a JSON object) in its metadata, written atomically.
+
+    metadata["seal"] is the SHA-256 of the file with 64 zeros in its place: load_weights notices one wrong bit.
+    """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    save_file(_unshared(tensors), temporary, {k: json.dumps(v) for k, v in meta.items()})
+    save_file(_unshared(tensors), temporary, {**{k: json.dumps(v) for k, v in meta.items()}, "seal": UNSEALED})
     _sort_metadata(temporary)
+    _put_seal(temporary)
     fsync(temporary)
     os.replace(temporary, path)
 
@@ -75,12 +58,41 @@ def _sort_metadata(path):
     with open(path, "r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-        if "__metadata__" in header:
-            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
         if len(text) == length:
             file.seek(8)
             file.write(text)
+
+
+def _header(path):
+    """(the file up to its tensors, where in it the 64 digits of the seal stand: -1 without one)."""
+    with open(path, "rb") as file:
+        size = file.read(8)
+        head = size + file.read(min(int.from_bytes(size, "little"), HEADER_LIMIT))
+    at = head.find(b'"seal":"')                 # text inside other metadata has its quotes escaped
+    return head, at + 8 if at >= 0 else -1
+
+
+def _put_seal(path):
+    _, at = _header(path)
+    with open(path, "r+b") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(at)
+        file.write(digest.encode())
+
+
+def _seal_broken(path):
+    """True when a file of save_weights differs from what was written; files without a seal are not judged."""
+    head, at = _header(path)
+    if at < 0:
+        return False
+    digest = hashlib.sha256(head[:at] + UNSEALED.encode() + head[at + 64:])
+    with open(path, "rb") as file:
+        file.seek(len(head))
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest().encode() != head[at:at + 64]
 
 
 def load_weights(path, device="cpu"):
@@ -92,8 +104,12 @@ def load_weights(path, device="cpu"):
         with safe_open(path, "pt", device=str(device)) as file:
             meta = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
+        broken = _seal_broken(path)
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+    if broken:
+        raise UserError(f"{path} is damaged: its bytes are not those that were written; make it anew")
+    meta.pop("seal", None)
     for key, text in meta.items():
         try:
             meta[key] = json.loads(text)
@@ -159,15 +175,20 @@ def _write_tree(folder, name, obj):
 
 
 def _read_tree(folder, name, obj):
-    with safe_open(folder / f"{name}.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-    tree = _join(json.loads((folder / f"{name}.json").read_text()), tensors)
+    try:
+        with safe_open(folder / f"{name}.safetensors", "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        tree = _join(json.loads((folder / f"{name}.json").read_text()), tensors)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder} holds no state '{name}' of this program: {type(error).__name__}: {error}") from None
     if hasattr(obj, "load_state_dict"):
         try:
             obj.load_state_dict(tree)
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             first = str(error).strip().splitlines()
             raise UserError(f"{folder}: '{name}' does not fit this model: {' '.join(first[:2])}") from None
+    elif not isinstance(tree, dict):
+        raise UserError(f"{folder}: '{name}' holds {type(tree).__name__}, not named values")
     else:
         obj.clear()
         obj.update(tree)
@@ -266,7 +287,7 @@ def verify(folder):
     try:
         files = json.loads((folder / "meta.json").read_text())["files"].items()
         assert all(isinstance(facts, dict) for _, facts in files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         return [f"meta.json: {type(error).__name__}"]
     bad = []
     for name, facts in files:

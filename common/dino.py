@@ -7,7 +7,6 @@ other.
 B images  C channels  L tokens (class, registers, patches)  D width  H heads  K head dim  P patches
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
+
+from common.files import read_json
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -89,7 +90,7 @@ class DinoV3(nn.Module):
         if not files or not all(f.is_file() for f in files):
             raise ValueError(f"no .safetensors file at {path}")
         config_file = (path if path.is_dir() else path.parent) / "config.json"
-        config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+        config = read_json(config_file) if config_file.is_file() else {}
         state = {k.removeprefix("model."): v for f in files for k, v in load_file(f).items()}
         state.pop("embeddings.mask_token", None)
         try:

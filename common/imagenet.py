@@ -35,9 +35,11 @@ from PIL import features
 from tqdm import tqdm
 
 from common import images
-from common.archive import alone, read_at, read_json, sha256_file, write_whole
+from common.archive import alone, read_at, read_json, write_whole
+from common.files import sha256_file
 from common.flags import UserError
 from common.ilsvrc import find_splits, judge, md5_file, record, role
+from common.sources import check
 
 IMAGE_LIMIT = 64 << 20                                              # a larger member is no photograph
 
@@ -70,7 +72,8 @@ def write_shard(file, root, members, size, format):
     entry = dict(name=file.name, bytes=os.path.getsize(temporary), sha256=sha256_file(temporary),
                  count=len(samples), first=keys[0], last=keys[-1], skipped=skipped)
     os.replace(temporary, file)
-    index = dict(entry, task=signature(members, size, format), samples=samples, sources=sources)
+    index = dict(entry, task=signature(members, size, format), check=check(samples), samples=samples,
+                 sources=sources)
     write_whole(f"{file}.json", json.dumps(index).encode())
     return entry
 
@@ -92,7 +95,7 @@ def finished(file, members, size, format):
     try:
         index = json.loads(Path(f"{file}.json").read_text())
         if index["task"] == signature(members, size, format) and file.stat().st_size == index["bytes"]:
-            return {k: v for k, v in index.items() if k not in ("task", "samples", "sources")}
+            return {k: v for k, v in index.items() if k not in ("task", "check", "samples", "sources")}
     except (OSError, ValueError, KeyError):
         pass
     return None

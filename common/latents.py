@@ -10,13 +10,14 @@
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common.ckpt import write_atomic
+from common.files import read_json, write_atomic
 from common.run import UserError
 
 CHUNK = 256                                     # images between two durable marks
@@ -34,18 +35,17 @@ class LatentWriter:
         self.folder, self.rank, self.world = Path(folder), rank, world
         self.shape = (len(labels), 2, *shape)
         self.row = 2 * int(np.prod(shape)) * 2                          # bytes of an image and its mirror
-        names = "\n".join(keys) + "\n"
-        labels = np.asarray(labels)
+        names, labels = ("\n".join(keys) + "\n").encode(), np.asarray(labels, "<i2" if len(classes) <= 2 ** 15 else "<i8")
         if len(classes) > 2 ** 15:
             raise UserError(f"{len(classes)} classes do not fit the cache's int16 labels")
-        source = hashlib.sha256(names.encode() + labels.astype("<i2").tobytes()).hexdigest()
+        source = source_hash(names, labels.tobytes())
         self.manifest = dict(meta, shape=list(self.shape), classes=list(classes), chunk=CHUNK, source=source)
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / "manifest.json").exists():
             self.refuse_another(read_manifest(self.folder))
         elif rank == 0:
-            write_atomic(self.folder / "keys.txt", names.encode())
-            write_atomic(self.folder / "labels.i16", labels.astype("<i2").tobytes())
+            write_atomic(self.folder / "keys.txt", names)
+            write_atomic(self.folder / "labels.i16", labels.tobytes())
             write_atomic(self.folder / "manifest.json", json.dumps(self.manifest, indent=1).encode())
         self.file = os.open(self.folder / "latents.f16.bin", os.O_RDWR | os.O_CREAT, 0o644)
         os.ftruncate(self.file, self.shape[0] * self.row)
@@ -94,8 +94,9 @@ class LatentWriter:
         if len(done) < expected:
             raise ValueError(f"{expected - len(done)} of {expected} chunks are not written yet")
         chunks = [[c, done[c]] for c in sorted(done)]
-        sealed = json.dumps(dict(self.manifest, chunks=chunks), indent=1)
-        write_atomic(self.folder / "manifest.json", sealed.encode())
+        whole = dict(self.manifest, chunks=chunks)
+        text = json.dumps(dict(whole, seal=seal(json.loads(json.dumps(whole)))), indent=1)
+        write_atomic(self.folder / "manifest.json", text.encode())
         for file in self.folder.glob("done.*.jsonl"):
             file.unlink()
 
@@ -106,15 +107,22 @@ class Latents:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        self.classes, self.source = self.manifest["classes"], dict(path=str(folder))
-        shape = tuple(self.manifest["shape"])
         if "chunks" not in self.manifest:
             raise UserError(f"the latent cache in {folder} is unfinished; run the cache command again")
-        if (self.folder / "latents.f16.bin").stat().st_size != np.prod(shape, dtype=np.int64) * 2:
+        self.classes, self.source = self.manifest["classes"], dict(path=str(folder))
+        shape = tuple(self.manifest["shape"])
+        try:
+            size = (self.folder / "latents.f16.bin").stat().st_size
+            names, labels = ((self.folder / name).read_bytes() for name in ("keys.txt", "labels.i16"))
+        except OSError as e:
+            raise UserError(f"{e.filename} is missing; delete the folder and cache again") from None
+        if size != 2 * math.prod(shape):
             raise UserError(f"{folder}/latents.f16.bin is truncated; delete the folder and cache again")
-        self.labels = np.fromfile(self.folder / "labels.i16", "<i2").astype(np.int64)
-        if len(self.labels) != shape[0]:
+        if len(labels) != 2 * shape[0]:
             raise UserError(f"{folder}/labels.i16 is truncated; delete the folder and cache again")
+        if source_hash(names, labels) != self.manifest["source"]:
+            raise UserError(f"{folder}: labels.i16 or keys.txt are not those written; delete the folder and cache again")
+        self.labels = np.frombuffer(labels, "<i2").astype(np.int64)
         self.rows = np.memmap(self.folder / "latents.f16.bin", "<f2", "r", shape=shape)
         self.skipped, self.whole = {}, None
 
@@ -132,15 +140,32 @@ class Latents:
 
     def verify(self):
         """Raise UserError naming the first chunk whose bytes are not those written."""
-        for chunk, expected in self.manifest["chunks"]:
+        expected = dict(self.manifest["chunks"])
+        for chunk in range(-(-len(self) // CHUNK)):
             data = np.ascontiguousarray(self.rows[chunk * CHUNK:(chunk + 1) * CHUNK]).tobytes()
-            if hashlib.sha256(data).hexdigest() != expected:
+            if hashlib.sha256(data).hexdigest() != expected.get(chunk):
                 raise UserError(f"{self.folder}: chunk {chunk} is damaged; delete the folder and cache again")
 
 
 def read_manifest(folder):
     try:
-        return json.loads((Path(folder) / "manifest.json").read_text())
-    except (OSError, ValueError) as e:
+        manifest = read_json(Path(folder) / "manifest.json")
+        shape, classes, chunks = (manifest[key] for key in ("shape", "classes", "chunk"))
+    except (UserError, KeyError) as e:
         raise UserError(f"{folder} is not a latent cache: {e}") from None
+    whole = isinstance(shape, list) and len(shape) == 5 and all(type(n) is int and 0 < n < 2 ** 40 for n in shape)
+    if not whole or chunks != CHUNK or not isinstance(classes, list) or manifest.get("seal", seal(manifest)) != seal(manifest):
+        raise UserError(f"{folder} is not a latent cache: its manifest.json is damaged")
+    return manifest
+
+
+def source_hash(names, labels):
+    """SHA-256 of keys.txt and labels.i16 together."""
+    return hashlib.sha256(names + labels).hexdigest()
+
+
+def seal(manifest):
+    """SHA-256 of a manifest but for its seal: a changed class name or scale would go unnoticed."""
+    rest = {k: v for k, v in manifest.items() if k != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

@@ -23,6 +23,7 @@ from common.classify import (average_precision, binary_metrics, bootstrap, brier
                              mcc_sweep, negative_log_likelihood, reliability, roc_auc,
                              sweep_calibration_error)
 from common.dino import DinoV3  # noqa: F401
+from common.files import read_npz
 from common.inception import InceptionV3  # noqa: F401
 from common.neighbours import double as _double
 from common.neighbours import manifold_metrics, nearest_neighbours, precision_recall  # noqa: F401
@@ -186,16 +187,17 @@ class Moments:
     @classmethod
     def load(cls, npz, spatial=False):
         """From keys mu, sigma or ref_mu, ref_sigma; with spatial mu_s, sigma_s. ValueError if absent."""
-        with np.load(npz, allow_pickle=False) as z:
-            pairs = [("mu_s", "sigma_s")] if spatial else [("mu", "sigma"), ("ref_mu", "ref_sigma")]
-            found = [(z[a], z[b]) for a, b in pairs if a in z and b in z]
-            n = int(z["n"]) if "n" in z and not spatial else None
-            keys = sorted(z.files)
+        z = read_npz(npz)
+        pairs = [("mu_s", "sigma_s")] if spatial else [("mu", "sigma"), ("ref_mu", "ref_sigma")]
+        found = [(z[a], z[b]) for a, b in pairs if a in z and b in z]
         if not found:
-            raise ValueError(f"{npz} holds {', '.join(keys)}; "
+            raise ValueError(f"{npz} holds {', '.join(sorted(z))}; "
                              f"expected {' or '.join(' and '.join(p) for p in pairs)}")
+        n = int(z["n"]) if "n" in z and not spatial and z["n"].dtype.kind in "iu" and z["n"].ndim == 0 else None
+        if any(x.dtype.kind not in "fiu" for x in found[0]):
+            raise ValueError(f"{npz}: mean {found[0][0].dtype} and covariance {found[0][1].dtype} are no numbers")
         mu, sigma = (torch.from_numpy(np.asarray(x, np.float64)) for x in found[0])
-        if sigma.shape != mu.shape * 2:
+        if mu.ndim != 1 or sigma.shape != mu.shape * 2:
             raise ValueError(f"{npz}: mean {tuple(mu.shape)}, covariance {tuple(sigma.shape)} do not fit")
         moments = cls(len(mu))
         moments.n, moments._mean = n, mu

@@ -6,12 +6,13 @@ open_npz and open_idx also whether the source itself tells train from test. User
 """
 
 import gzip
+import hashlib
 import json
+import math
 import os
 import struct
 import sys
 import tarfile
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from PIL import Image
 
 from common import images
 from common.archive import write_whole
+from common.files import read_npz, refuse_bomb
 from common.flags import UserError
 
 
@@ -120,17 +122,15 @@ def open_npz(path, names):
     """Images and labels from an .npz, never unpickled; names: what the wanted split may be called in its
     keys."""
     aliases = [key for name in names for key in (f"{name}_images", f"x_{name}")]
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            key = next((k for k in aliases + ["images", "arr_0"] if k in arrays.files), None)
-            if key is None:
-                raise UserError(f"{path} holds {', '.join(arrays.files)}; expected images and labels")
-            x = arrays[key]
-            label_key = key.replace("images", "labels").replace("x_", "y_").replace("arr_0", "labels")
-            label_key = next((k for k in (label_key, "arr_1") if k in arrays.files), None)
-            y = arrays[label_key].reshape(-1) if label_key else np.zeros(len(x), np.int64)
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError, KeyError) as e:
-        raise UserError(f"cannot read {path}: {e}") from None
+    wanted = [*aliases, "images", "arr_0"]
+    labels = [k.replace("images", "labels").replace("x_", "y_").replace("arr_0", "labels") for k in wanted]
+    arrays = read_npz(path, {*wanted, *labels, "arr_1"})
+    key = next((k for k in wanted if k in arrays), None)
+    if key is None:
+        raise UserError(f"{path} holds no images; expected one of {', '.join(wanted)}")
+    x = arrays[key]
+    label_key = next((k for k in (labels[wanted.index(key)], "arr_1") if k in arrays), None)
+    y = arrays[label_key].reshape(-1) if label_key else np.zeros(len(x) if x.ndim else 0, np.int64)
     if x.ndim == 3:
         x = x[..., None]
     if x.ndim == 4 and x.shape[3] not in (1, 3) and x.shape[1] in (1, 3):
@@ -178,16 +178,18 @@ def read_idx(path, dims):
     """IDX file of unsigned bytes -> uint8 array. Raises UserError unless the header and the length agree."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            data = file.read()
+            head = file.read(4 + 4 * dims)
+            if len(head) < 4 + 4 * dims or head[:4] != bytes([0, 0, 8, dims]):
+                raise UserError(f"{path} is not an IDX file of unsigned bytes with {dims} dimensions")
+            shape = struct.unpack(f">{dims}I", head[4:])
+            count = math.prod(shape)
+            refuse_bomb(path, path.stat().st_size, count)
+            data = file.read(min(count, 1 << 40) + 1)           # one more than there should be
     except (OSError, EOFError, zlib.error) as e:
         raise UserError(f"cannot read {path}: {e}") from None
-    head = 4 + 4 * dims
-    if len(data) < head or data[:4] != bytes([0, 0, 8, dims]):
-        raise UserError(f"{path} is not an IDX file of unsigned bytes with {dims} dimensions")
-    shape = struct.unpack(f">{dims}I", data[4:head])
-    if len(data) - head != np.prod(shape, dtype=np.int64):
-        raise UserError(f"{path} is truncated or overlong: {len(data) - head} bytes for shape {shape}")
-    return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
+    if len(data) != count:
+        raise UserError(f"{path} is truncated or overlong: {len(data)} bytes and more or less for shape {shape}")
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 # --- tar shards --------------------------------------------------------
@@ -232,16 +234,21 @@ def read_index(file):
     try:
         index = json.loads(listing.read_text())
         samples = index["samples"]
-        if index["bytes"] == length and all(0 <= at <= at + size <= length for _, at, size, _ in samples):
+        if index["bytes"] == length and index["check"] == check(samples):
             return samples
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     samples = scan_tar(file)
     try:
-        write_whole(listing, json.dumps(dict(bytes=length, samples=samples)).encode())
+        write_whole(listing, json.dumps(dict(bytes=length, check=check(samples), samples=samples)).encode())
     except OSError:                             # a read-only data folder: the index is built again next time
         pass
     return samples
+
+
+def check(samples):
+    """What an index must say of its samples: one changed offset or label would be another picture or class."""
+    return hashlib.sha256(json.dumps(samples).encode()).hexdigest()
 
 
 def scan_tar(file):

@@ -1,11 +1,11 @@
 """Whose weights are these? Files, key spellings, sizes and scales of the autoencoders of common/vae.py."""
 
-import json
 import re
 import sys
 
 from safetensors import SafetensorError, safe_open
 
+from common.files import read_json
 from common.run import UserError
 
 # latent channels, scale, shift of the published models
@@ -40,10 +40,7 @@ def find_weights(path):
     if not usual.exists() and len(found) != 1:
         raise UserError(f"{folder} holds {len(found)} .safetensors files and no {usual.name}; name the file")
     listing = folder / "config.json"
-    try:
-        config = json.loads(listing.read_text()) if listing.exists() else {}
-    except ValueError as e:
-        raise UserError(f"{listing} is not JSON: {e}") from None
+    config = read_json(listing) if listing.exists() else {}
     return usual if usual.exists() else found[0], config
 
 

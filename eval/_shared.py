@@ -176,7 +176,7 @@ def read_log(path):
     writing; a resume continues below it, so such a line may stand anywhere."""
     rows, torn = [], 0
     for line in Path(path).read_bytes().splitlines():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
             if isinstance(row, dict):
                 rows.append({k: v for k, v in row.items() if k not in AXES or finite(v) is not None})
@@ -197,7 +197,7 @@ def read_run(path):
     headers = [r for r in rows if r.get("kind") == "header"]
     config = next((h["config"] for h in reversed(headers) if isinstance(h.get("config"), dict)), None)
     if config is None:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             config = json.loads((path / "config.json").read_text())["config"]
     return Run(path, config if isinstance(config, dict) else {}, headers,
                [r for r in rows if r.get("kind") != "header"], torn)

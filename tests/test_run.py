@@ -199,6 +199,22 @@ def test_weights_carry_their_config_and_a_short_file_is_refused(tmp_path):
         run.load_weights(path)
 
 
+def test_one_wrong_bit_anywhere_in_weights_is_never_read_as_weights(tmp_path):
+    path = tmp_path / "ema.safetensors"
+    run.save_weights(path, {"w": torch.arange(6.0)}, dict(config=dict(width=8)))
+    whole = path.read_bytes()
+    for bit in range(len(whole) * 8):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        try:
+            tensors, meta = run.load_weights(path)
+        except run.UserError:
+            continue
+        # only the seal's own name may go unnoticed: it holds neither weights nor config
+        assert torch.equal(tensors["w"], torch.arange(6.0)) and meta["config"] == dict(width=8)
+
+
 # --- the log of a run --------------------------------------------------------------
 
 

@@ -8,7 +8,6 @@ A corpus is arrays: grids uint8 [N, P, P] with 10 outside, shapes, task, task_id
 
 import functools
 import hashlib
-import json
 import math
 import pathlib
 import re
@@ -18,6 +17,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from common.arc.generators import procedural
+from common.files import read_json
+from common.files import read_npz as read_arrays
 from common.flags import UserError
 
 OUTSIDE = 10
@@ -80,10 +81,7 @@ def stack(rows, canvas):
 
 def read_tasks(path, canvas):
     """Grids of a JSON file: a task, {"training": ..., "evaluation": ...}, Kaggle challenges, RE-ARC."""
-    try:
-        data = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+    data = read_json(path, object)
     strange = UserError(f"{path}: expected a task with 'train' and 'test', a list of pairs, or tasks by name")
     second = re.search(r"arc[-_]?(agi)?[-_]?2", path.as_posix().lower())
 
@@ -106,6 +104,14 @@ def read_tasks(path, canvas):
                     yield grid, name, io, source, TEST if held else UNSPLIT
 
     held = "evaluation" in path.as_posix()
+    try:
+        return stack([r for t in tasks_in(data, path, held) for r in rows(*t)], canvas)
+    except (AttributeError, TypeError):         # a list where tasks by name belong, and the like
+        raise strange from None
+
+
+def tasks_in(data, path, held):
+    """[(name, task, held out)] of a file's JSON; solutions in a file of their own are put in their places."""
     if isinstance(data, dict) and {"training", "evaluation"} & set(data):
         tasks = [(n, t, part == "evaluation")
                  for part in ("training", "evaluation") for n, t in data.get(part, {}).items()]
@@ -114,28 +120,26 @@ def read_tasks(path, canvas):
     elif isinstance(data, dict) and data:
         tasks = [(n, t, held) for n, t in data.items()]
         answers = path.with_name(path.name.replace("_challenges", "_solutions"))
-        solved = json.loads(answers.read_text()) if answers != path and answers.exists() else {}
+        solved = read_json(answers) if answers != path and answers.exists() else {}
         for name, task, _ in tasks:
             if isinstance(task, dict):
                 for pair, grid in zip(task.get("test", []), solved.get(name, [])):
                     pair.setdefault("output", grid)
     else:
-        raise strange
-    return stack([r for t in tasks for r in rows(*t)], canvas)
+        raise TypeError("no tasks")
+    return tasks
 
 
 def read_npz(path, canvas):
     """A corpus.npz, a bare `grids` array (with `task`, `io`... if it has them), or train/val/test arrays."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            data = {k: file[k] for k in file.files}
-    except (ValueError, OSError, zlib.error) as error:
-        raise UserError(f"{path}: not a plain .npz of arrays ({error})") from None
+    data = read_arrays(path)
     parts = [k for k in SPLITS if k in data]
     if "grids" not in data and not parts:
         raise UserError(f"{path}: has keys {sorted(data)}; expected 'grids', or 'train', 'val' and 'test'")
     split = None
     if "grids" not in data:
+        if len({data[k].shape[1:] for k in parts}) > 1 or any(data[k].ndim != 3 for k in parts):
+            raise UserError(f"{path}: {', '.join(f'{k} {list(data[k].shape)}' for k in parts)}; expected [N, h, w]")
         split = np.concatenate([np.full(len(data[k]), SPLITS[k], np.uint8) for k in parts])
         data["grids"] = np.concatenate([data[k] for k in parts])
     grids = data["grids"]
@@ -152,15 +156,26 @@ def read_npz(path, canvas):
     shapes, solid = rectangles(full)
     if not solid.all():
         raise UserError(f"{path}: grid {int(solid.argmin())} is not a solid rectangle at the top left")
-    names = [str(i) for i in range(int(data["task"].max()) + 1)] if "task" in data else \
-        [f"{path.stem}{i:06d}" for i in range(n)]
-    ids = data.get("task_ids", np.array(names))
-    task = data.get("task", np.arange(n)).astype(np.int32)
-    if len(task) != n or task.min() < 0 or task.max() >= len(ids):
-        raise UserError(f"{path}: 'task' must hold one index into 'task_ids' a grid")
-    column = lambda key, value: data.get(key, np.full(n, value)).astype(np.uint8)
-    split = column("split", UNSPLIT) if split is None else split
-    return Corpus(full, shapes.astype(np.uint8), task, ids, column("io", 2), split, column("source", REARC))
+    def column(key, value, most, kind=np.uint8):
+        given = data.get(key, np.full(n, value))
+        if given.shape != (n,) or given.dtype.kind not in "iu" or given.min() < 0 or given.max() > most:
+            raise UserError(f"{path}: '{key}' must hold one " + ("index into 'task_ids'" if key == "task" else
+                                                                 f"whole number of at most {most}") + " a grid")
+        return given.astype(kind)
+
+    ids, task = data.get("task_ids"), np.arange(n, dtype=np.int32)
+    if "task" in data:
+        task = column("task", 0, len(ids) - 1 if ids is not None and ids.ndim else 2**31 - 1, np.int32)
+    if ids is None and "task" in data:
+        ids, task = np.unique(task, return_inverse=True)
+        ids, task = ids.astype(str), task.astype(np.int32)
+    elif ids is None:
+        ids = np.array([f"{path.stem}{i:06d}" for i in range(n)])
+    if ids.dtype.kind != "U" or ids.ndim != 1 or task.max() >= len(ids):
+        raise UserError(f"{path}: 'task_ids' must hold the name of each task as text")
+    split = column("split", UNSPLIT, UNSPLIT) if split is None else split
+    return Corpus(full, shapes.astype(np.uint8), task, ids, column("io", 2, 2), split,
+                  column("source", REARC, len(SOURCES) - 1))
 
 
 def rectangles(grid_NPP):

@@ -20,6 +20,7 @@ import sysconfig
 import numpy as np
 
 from common.ckpt import sha256_file, write_atomic
+from common.files import read_json
 from common.flags import UserError
 
 # --- byte-level BPE --------------------------------------------------------------------------------------------
@@ -108,10 +109,12 @@ class BPE:
 
     @classmethod
     def load(cls, path):
-        try:
-            return cls(json.loads(pathlib.Path(path).read_text())["merges"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a tokenizer written by `tokenizer`: {error}") from None
+        merges = read_json(path).get("merges")
+        if not isinstance(merges, list) or not all(
+                isinstance(m, list) and len(m) == 2 and all(type(i) is int and 0 <= i < 256 + n for i in m)
+                for n, m in enumerate(merges)):
+            raise UserError(f"{path} is not a tokenizer written by `tokenizer`: no merges of earlier tokens in it")
+        return cls(merges)
 
     @property
     def sha256(self):
@@ -170,7 +173,7 @@ def documents(path):
             for number, line in enumerate(lines, 1):
                 try:
                     yield json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     raise UserError(f'{file}, line {number}: not a JSON object with a "text" field') from None
 
 
@@ -262,8 +265,8 @@ class Mixture:
 
 def read_manifest(root):
     try:
-        return json.loads((pathlib.Path(root) / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
+        return read_json(pathlib.Path(root) / "manifest.json")
+    except UserError as error:
         raise UserError(f"{root} has no readable manifest.json: {error}; run `shard` first") from None
 
 

@@ -47,7 +47,7 @@ def read_json(path):
         raise UserError(f"no file {path}")
     try:
         value = json.loads(path.read_bytes())
-    except ValueError:                                              # a pickle, a picture, half a file
+    except (ValueError, RecursionError):                            # a pickle, a picture, half a file
         raise UserError(f"{path} is not JSON") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, not an object")

@@ -1,11 +1,11 @@
 """DINOv3 weights: read the layout of Hugging Face, or Meta's own files under those names; strict about both."""
 
-import json
 from pathlib import Path
 
 import torch
 
 from common import run
+from common.files import read_json
 
 
 def read(path):
@@ -22,7 +22,7 @@ def read(path):
     else:
         state = {k.removeprefix("model."): v for f in files for k, v in run.load_weights(f)[0].items()}
     config = path / "config.json"
-    heads = json.loads(config.read_text()).get("num_attention_heads") if config.is_file() else None
+    heads = read_json(config).get("num_attention_heads") if config.is_file() else None
     try:
         D, _, patch, _ = state["embeddings.patch_embeddings.weight"].shape
         hidden, registers = state["layer.0.mlp.up_proj.weight"].shape[0], state["embeddings.register_tokens"].shape[1]

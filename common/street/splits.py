@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from common.ckpt import sha256_file, write_atomic
+from common.files import read_json
 from common.flags import UserError
 from common.images import EXTENSIONS, decode
 
@@ -40,9 +41,10 @@ def read_index(data):
     """
     root = Path(data)
     if (root / "index.jsonl").is_file():
-        rows = [json.loads(line) for line in (root / "index.jsonl").read_text().splitlines() if line.strip()]
+        rows = read_lines(root / "index.jsonl")
     elif (root / "labels.json").is_file():
-        rows = [dict(path=r["filename"], label=r["label"]) for r in json.loads((root / "labels.json").read_text())]
+        rows = [dict(path=r.get("filename"), label=r.get("label")) if isinstance(r, dict) else r
+                for r in read_json(root / "labels.json", list)]
     elif root.is_dir() and (folders := sorted(p for p in root.iterdir() if p.is_dir())):
         if odd := [p.name for p in folders if p.name.lower() not in FOLDERS]:
             raise UserError(f"{root / odd[0]}: a class folder must be one of {', '.join(FOLDERS)}; or write index.jsonl")
@@ -52,13 +54,24 @@ def read_index(data):
         raise UserError(f"{root} holds no index.jsonl, no labels.json and no class folders; "
                         "`demo-data --out DIR` draws a data set")
     for number, row in enumerate(rows, 1):
-        if row.get("label") not in (0, 1) or not isinstance(row.get("path"), str):
+        if not isinstance(row, dict) or row.get("label") not in (0, 1) or not isinstance(row.get("path"), str):
             raise UserError(f"{root}: row {number} needs a path and a label 0 or 1, got {row}")
         row["id"] = row["path"]
         group = row.get("group") or row.get("vid_id") or row.get("seq_id")
         row["group"] = str(group) if group not in (None, "") else row["path"]
     if len({r["id"] for r in rows}) != len(rows) or not rows:
         raise UserError(f"{root}: {len(rows)} rows, {len({r['id'] for r in rows})} different paths")
+    return rows
+
+
+def read_lines(path):
+    """The JSON values of a file's lines."""
+    rows = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except (ValueError, RecursionError):
+            raise UserError(f"{path}, line {number}: not JSON") from None
     return rows
 
 
@@ -203,7 +216,7 @@ class SplitStore:
         path = self.run / "splits.json"
         if not path.is_file():
             raise UserError(f"no {path}; run the splits command first")
-        self.splits, self.sha256 = json.loads(path.read_text()), sha256_file(path)
+        self.splits, self.sha256 = read_json(path), sha256_file(path)
         self.rows = read_index(data)
         unknown = [r["id"] for r in self.rows if r["id"] not in self.splits["split"]]
         if unknown:

@@ -27,6 +27,7 @@ from common import images
 from common.flags import UserError
 
 TEXT = (".txt", ".caption")
+LARGEST = 64 << 20                                           # bytes: a larger member is no picture
 
 
 # --- sources -------------------------------------------------------------
@@ -72,28 +73,32 @@ def _folder(path):
 
 
 def _jsonl(path):
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             name = row.get("file_name", row.get("image"))
             caption = row.get("text", row.get("caption"))
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             raise UserError(f"{path}, line {number}: not a JSON object") from None
         if not isinstance(name, str):
             raise UserError(f"{path}, line {number}: no 'file_name' or 'image' in it")
         file = path.parent / name
-        yield str(file), file.read_bytes() if file.is_file() else b"", caption
+        try:
+            data = file.read_bytes()
+        except (OSError, ValueError):                        # absent, or no name that a file could have
+            data = b""
+        yield str(file), data, caption
 
 
 def _tar(path):
     """WebDataset: members that share the name up to the first dot are one sample."""
     key, sample = None, {}
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:") as tar:                # packed tars could unpack to anything
             for member in tar:
-                if not member.isfile():
+                if not member.isreg() or member.issparse() or member.size > LARGEST:
                     continue
                 folder, _, base = member.name.rpartition("/")
                 stem, _, kind = base.partition(".")
@@ -102,7 +107,7 @@ def _tar(path):
                     sample = {}
                 key = folder, stem
                 sample["." + kind.lower()] = tar.extractfile(member).read()
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
         if not Path(path).is_file():
             raise UserError(f"no tar shard at {path}") from None
         print(f"{path}: damaged shard, the rest of it is left out: {error}", file=sys.stderr)
@@ -118,7 +123,7 @@ def _sample(path, key, sample):
     if caption is None and ".json" in sample:
         try:
             caption = json.loads(sample[".json"]).get("caption")
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             caption = None
     yield f"{path}:{'/'.join(filter(None, key))}", picture, caption
 

@@ -5,7 +5,6 @@ Parameter names are those of the Hugging Face files; the prefixes that different
 import functools
 import gzip
 import heapq
-import json
 import sys
 import unicodedata
 from html import unescape
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.files import read_json
 from common.flags import UserError
 from common.t2i.weights import Checkpoint, fill
 
@@ -64,13 +64,17 @@ def split_words(text):
 def read_vocabulary(folder):
     """-> ({token: id}, [(left, right)]) from any of the three public layouts."""
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        lines = (folder / "merges.txt").read_text(encoding="utf-8", errors="replace").split("\n")
         merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-        return json.loads((folder / "vocab.json").read_text(encoding="utf-8")), merges
+        return _sound(read_json(folder / "vocab.json"), merges, folder / "vocab.json")
     if (folder / "tokenizer.json").is_file():
-        tree = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        merges = [tuple(m.split() if isinstance(m, str) else m) for m in tree["model"]["merges"]]
-        return tree["model"]["vocab"] | {t["content"]: t["id"] for t in tree["added_tokens"]}, merges
+        tree = read_json(folder / "tokenizer.json")
+        try:
+            merges = [tuple(m.split() if isinstance(m, str) else m) for m in tree["model"]["merges"]]
+            vocabulary = tree["model"]["vocab"] | {t["content"]: t["id"] for t in tree["added_tokens"]}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / 'tokenizer.json'} is not CLIP's: {type(error).__name__} {error}") from None
+        return _sound(vocabulary, merges, folder / "tokenizer.json")
     if (folder / "bpe_simple_vocab_16e6.txt.gz").is_file():
         with gzip.open(folder / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
             merges = [tuple(line.split()) for line in file.read().split("\n")[1:49152 - 256 - 2 + 1]]
@@ -78,6 +82,18 @@ def read_vocabulary(folder):
         words = base + [c + "</w>" for c in base] + ["".join(m) for m in merges] + [START, END]
         return {w: i for i, w in enumerate(words)}, merges
     raise UserError(f"{folder} holds no CLIP vocabulary: expected vocab.json and merges.txt or tokenizer.json")
+
+
+def _sound(vocabulary, merges, path):
+    """(vocabulary, merges), or UserError: every byte and both ends must have an id, or some caption has none."""
+    base = byte_symbols().values()
+    missing = [w for w in (START, END, *base, *(c + "</w>" for c in base)) if w not in vocabulary]
+    odd = [w for w, i in vocabulary.items() if type(i) is not int or not 0 <= i < 1 << 20]
+    pairs = [m for m in merges if len(m) != 2 or not all(isinstance(p, str) for p in m)]
+    if missing or odd or pairs:
+        what = f"no id for '{missing[0]}'" if missing else f"'{odd[0]}' has no id" if odd else f"merge {str(pairs[0])[:60]}"
+        raise UserError(f"{path} is not CLIP's: {what}")
+    return vocabulary, merges
 
 
 class CLIPTokenizer:
@@ -101,9 +117,9 @@ class CLIPTokenizer:
 
     def _published_pad(self, folder):
         path = folder / "tokenizer_config.json"
-        token = json.loads(path.read_text()).get("pad_token") if path.is_file() else None
+        token = read_json(path).get("pad_token") if path.is_file() else None
         token = token.get("content") if isinstance(token, dict) else token
-        return self.vocabulary.get(token, self.end)
+        return self.vocabulary.get(token, self.end) if isinstance(token, str) else self.end
 
     def tokens(self, text):
         """Ids of one text without start, end, padding and limit."""
@@ -254,4 +270,4 @@ def _plain_name(name):
 
 def read_config(source):
     path = Path(source) / "config.json" if Path(source).is_dir() else Path(source).with_name("config.json")
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}

@@ -107,10 +107,10 @@ def read_recipe(path):
     try:
         with Image.open(path, formats=("PNG",)) as image:
             text = image.text.get(KEY)
-    except (OSError, SyntaxError, ValueError, AttributeError):
+    except (OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError):
         raise UserError(f"{path} is not a readable PNG") from None
     try:
         recipe = json.loads(text or "")
         return recipe if isinstance(recipe, dict) else {}["not an object"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RecursionError):
         raise UserError(f"{path} holds no recipe: expected a PNG written by this program") from None

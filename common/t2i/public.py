@@ -3,7 +3,6 @@
 DiT (class-conditional), PixArt and SD3 / SD3.5, in the spelling of their authors or of diffusers. Everything
 is read off tensor names and shapes; nothing is downloaded. The transformer class comes from the script.
 """
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from common.t2i.clip import CLIPTextEncoder, CLIPTokenizer
+from common.files import read_json
 from common.flags import UserError
 from common.t2i.mmdit import MMDiT
 from common.t2i.t5 import T5Encoder, T5Tokenizer
@@ -233,7 +233,7 @@ def open_transformer(path, DiT, positions, dtype, quantise=None):
 
 
 def _json(path):
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def open_model(path, DiT, positions, dtype, device, *, text="", vae="", offload="none", quantise=None,

@@ -5,7 +5,6 @@ every length checked, no package needed. Parameter names are those of the Huggin
 """
 import base64
 import functools
-import json
 import math
 import re
 import struct
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.files import read_json
 from common.flags import UserError
 from common.t2i.weights import Checkpoint, fill
 
@@ -61,7 +61,7 @@ def read_pieces(folder):
         if path.is_file():
             try:
                 return _from_json(path) if path.suffix == ".json" else _from_protobuf(path.read_bytes())
-            except (ValueError, KeyError, TypeError, struct.error) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
                 raise UserError(f"{path} is not a unigram tokenizer: {error}") from None
     raise UserError(f"{folder} holds no T5 vocabulary: expected spiece.model or tokenizer.json")
 
@@ -87,7 +87,7 @@ def _from_protobuf(data):
 
 
 def _from_json(path):
-    tree = json.loads(path.read_text(encoding="utf-8"))
+    tree = read_json(path)
     if tree["model"].get("type", "Unigram") != "Unigram":
         raise ValueError(f"its model is {tree['model']['type']}")
     special = {t["content"] for t in tree.get("added_tokens", []) if t.get("special")}
@@ -155,6 +155,9 @@ class T5Tokenizer:
 
     def __init__(self, folder):
         pieces, charsmap = read_pieces(folder)
+        if not all(isinstance(p, str) and isinstance(s, (int, float)) and math.isfinite(s) for p, s, _ in pieces) or \
+                not any(p and k == NORMAL for p, _, k in pieces):
+            raise UserError(f"{folder}: its vocabulary is no list of pieces with finite scores")
         self.pieces = [p for p, _, _ in pieces]
         self.normal = {p: (s, i) for i, (p, s, k) in enumerate(pieces) if k in (NORMAL, USER) and p}
         self.longest = max(map(len, self.normal))

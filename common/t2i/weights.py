@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from common.ckpt import sha256_file
+from common.files import read_json
 from common.flags import UserError
 from common.t2i.memory import LEAST, QLinear, replace
 
@@ -42,7 +43,7 @@ def check_header(path):
             header.pop("__metadata__", None)
             shapes = {name: tuple(int(n) for n in row["shape"]) for name, row in header.items()}
             end = max((int(row["data_offsets"][1]) for row in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path}: damaged safetensors header ({type(error).__name__})") from None
     if end != size - 8 - length:
         raise UserError(f"{path}: truncated or padded: its header describes {end} bytes of tensors, "
@@ -62,7 +63,7 @@ class Checkpoint:
         path = Path(path)
         if path.is_dir():
             index = sorted(path.glob("*.safetensors.index.json"))
-            files = sorted({path / n for n in json.loads(index[0].read_text())["weight_map"].values()}
+            files = sorted({path / n for n in _weight_map(index[0])}
                            if index
                            else path.glob("*.safetensors")) or sorted([*path.glob("*.bin"),
                                                                        *path.glob("*.pt")])
@@ -132,6 +133,15 @@ class Checkpoint:
         path = Path(self.path)
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         return {f.name: sha256_file(f) for f in files}
+
+
+def _weight_map(index):
+    """The file names in an index of shards; a name may not lead out of its folder."""
+    names = read_json(index).get("weight_map")
+    names = list(names.values()) if isinstance(names, dict) else []
+    if not names or not all(isinstance(n, str) and Path(n).name == n and len(n) < 256 for n in names):
+        raise UserError(f"{index} is no index of weight files: expected 'weight_map' with names in its folder")
+    return set(names)
 
 
 def _safetensors(path):
