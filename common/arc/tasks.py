@@ -233,8 +233,12 @@ def drop_leaks(corpus):
 def load_corpus(data, canvas=30, n=20_000, seed=0, fixed=False):
     """What `data` names (files or folders, comma-separated), split by task; procedural grids for no name."""
     if not data:
-        rows = [(g, task, 2, PROCEDURAL, UNSPLIT) for g, task in procedural(n, canvas, seed, fixed)]
-        return drop_leaks(split_tasks(stack(rows, canvas)))[0]
+        for more in (4 / 3, 2, 4):              # about one in five repeats an earlier one
+            rows = [(g, t, 2, PROCEDURAL, UNSPLIT) for g, t in procedural(int(n * more), canvas, seed, fixed)]
+            corpus = drop_leaks(split_tasks(stack(rows, canvas)))[0]
+            if len(corpus) >= n:
+                break
+        return corpus.where(slice(0, n))
     parts = []
     for name in data.split(","):
         path = pathlib.Path(name)
@@ -251,6 +255,13 @@ def load_corpus(data, canvas=30, n=20_000, seed=0, fixed=False):
     if fixed and (corpus.shapes != canvas).any():
         raise UserError(f"--sizes fixed needs every grid to be {canvas}x{canvas}; use --sizes coded")
     return corpus
+
+def top_up(corpus, n, seed=0):
+    """A corpus filled up to n with procedural training grids that neither leak nor repeat."""
+    canvas, short = corpus.grids.shape[1], n - len(corpus)
+    rows = [(g, t, 2, PROCEDURAL, TRAIN) for g, t in procedural(short * 4 // 3 + 50, canvas, seed)]
+    return drop_leaks(join([corpus, stack(rows, canvas)]))[0].where(slice(0, n))
+
 
 # --- statistics and pictures ------------------------------------------------
 
