@@ -34,7 +34,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import draw, run
-from common.arc.plots import curves, maps, strip
+from common.arc.plots import curves, maps, prior_page, reconstructions, strip, table
 from common.arc.tasks import OUTSIDE, SOURCES, SPLITS, code_nats, grid_statistics, load_corpus, picture
 from common.arc.tasks import top_up
 from common.ckpt import write_atomic
@@ -959,34 +959,43 @@ def plots(cfg):
     _, mu, kl_D = measure(net, held.where(pick[:2000]), device=device)
     held = held.where(pick[:2000])
     decode = torch.no_grad()(lambda z: best_rectangle(net.decode(z.to(device))).cpu().numpy())
-    back = decode(mu[:16])
-    pairs = [p for g, r in zip(held.grids, back) for p in (picture(g, 144), picture(r, 144, truth=g))]
-    draw.save(draw.grid(pairs, 8, pad=8), to / "reconstruction.png")
-    drawn = decode(net.draw(64, cfg.seed, device))
-    draw.save(draw.grid([picture(g) for g in drawn], 8, pad=6), to / "samples.png")
+    title = f"{ran.preset}: held-out grids and their reconstructions (z = mu), wrong cells framed"
+    draw.save(reconstructions(held.grids[:16], decode(mu[:16]), title), to / "reconstruction.png")
+    draw.save(prior_page(decode(net.draw(256, cfg.seed, device)), held.grids), to / "prior.png")
     t = torch.linspace(0, 1, 8)[:, None]
-    strips = [strip(decode(a + t * (b - a))) for a, b in mu[:12].view(6, 2, -1)]
-    draw.save(draw.grid(sum(strips, []), 8, pad=6), to / "interpolation.png")
-    base = mu[int(np.argmax(held.shapes.astype(int).prod(1)[:50] > 80))]     # a grid large enough to see
-    moving = mu.var(0)[2 * net.coded:].argsort(descending=True)[:6] + 2 * net.coded
-    walk = []
-    for j in [*range(2 * net.coded), *moving.tolist()]:
-        z = base.repeat(7, 1)
-        z[:, j] = torch.linspace(-2, 2, 7) * (1 if j < 2 * net.coded else float(mu[:, j].std()))
-        walk += strip(decode(z))
-    draw.save(draw.grid(walk, 7, pad=6), to / "traversal.png")
+    rows = [strip(decode(a + t * (b - a))) for a, b in mu[16:28].view(6, 2, -1)]
+    draw.save(table(rows, [f"{i}/7" for i in range(8)], title="from one held-out grid to another, linear in mu"),
+              to / "interpolation.png")
+    draw.save(traversal(net, mu, decode), to / "traversal.png")
     if ran.latent == "vector":
         most = sorted(enumerate(kl_D.tolist()), key=lambda p: -p[1])[:40]
         page = draw.bars({f"z{j}": k for j, k in most}, title="nats a grid, by dimension")
     else:
         side = net.padded(net.canvas) // net.multiple
         patches = kl_D[2 * net.coded:].view(side, side, -1).sum(2)
-        page = draw.heat(patches.numpy(), title="nats a grid, by patch")
+        page = draw.heat(patches.numpy(), title="nats a grid, by patch (rows and columns of patches)")
     draw.save(page, to / "kl_per_dim.png")
     curves(out, to)
     maps(held, mu.numpy(), to)
     arithmetic(net, data.part(cfg.split), device, to)
     print(f"wrote {', '.join(sorted(p.name for p in to.glob('*.png')))} to {to}")
+
+
+def traversal(net, mu, decode):
+    """One latent of one grid moved from -2 to 2 standard deviations at a time: the sizes, then the busiest."""
+    first = 2 * net.coded
+    area = net.shape(mu[:50]).prod(1)
+    base = mu[int((area - 100).abs().argmin())]                 # large enough to see, small enough to read
+    own = torch.nonzero(mu.var(0) * (base != 0) > 0)[:, 0]      # a patch outside the grid moves nothing
+    own = own[own >= first]
+    busy = own[mu.var(0)[own].argsort(descending=True)[:6]].tolist()
+    rows, names = [], [*("height", "width")[:first], *(f"z{j}" for j in busy)]
+    for j in [*range(first), *busy]:
+        z = base.repeat(7, 1)
+        z[:, j] = torch.linspace(-2, 2, 7) * (1 if j < first else float(mu[:, j].std()))
+        rows.append(strip(decode(z)))
+    heads = [f"{v / 3:.1f} sd" for v in range(-6, 7, 2)]
+    return table(rows, heads, names, "one latent moved, the others held")
 
 
 def arithmetic(net, held, device, to):
@@ -1003,11 +1012,12 @@ def arithmetic(net, held, device, to):
         x, y = one.grids[at[1]], one.grids[at[1] + 1]
         model.add(guess[None], y[None])
         copy.add(x[None], y[None])
-        if len(rows) < 32:
-            rows += [picture(g) for g in (one.grids[at[0]], one.grids[at[0] + 1], x, guess)]
+        if len(rows) < 8:
+            rows.append([picture(g) for g in (one.grids[at[0]], one.grids[at[0] + 1], x, guess, y)])
     if rows:
         a, b = model.result(), copy.result()
-        draw.save(draw.grid(rows, 8, pad=6), to / "arithmetic.png")
+        heads = ("input 1", "output 1", "input 2", "decoded", "output 2")
+        draw.save(table(rows, heads, title="z(output 1) - z(input 1) + z(input 2)"), to / "arithmetic.png")
         print(f"latent arithmetic, {a['n_grids']} tasks: cells {a['cell_acc']:.3f}, "
               f"exact {a['exact_acc']:.3f}; copying the input: cells {b['cell_acc']:.3f}, "
               f"exact {b['exact_acc']:.3f}")

@@ -301,11 +301,12 @@ def picture(grid, tile=96, span=None, truth=None):
     paper = (200 + 20 * (np.indices((h, w)).sum(0) % 2)).astype(np.uint8)[..., None].repeat(3, 2)
     image = np.where((grid[:h, :w] == OUTSIDE)[..., None], paper, PALETTE[np.minimum(grid[:h, :w], 9)])
     image = image.repeat(cell, 0).repeat(cell, 1)
-    image[::cell] = image[:, ::cell] = 90
+    if cell > 4:                                # in smaller cells the lines would be most of what one sees
+        image[::cell] = image[:, ::cell] = 90
     for y, x in np.argwhere(grid[:h, :w] != truth[:h, :w]) if truth is not None else ():
         box = image[y * cell:(y + 1) * cell, x * cell:(x + 1) * cell]
-        box[[0, -1]] = box[:, [0, -1]] = (255, 255, 255)
-        if cell > 5:
+        box[[0, -1]] = box[:, [0, -1]] = (255, 255, 255) if cell > 6 else (230, 0, 60)
+        if cell > 6:
             box[[1, -2]] = box[:, [1, -2]] = (230, 0, 60)
     page = np.full((max(tile, h * cell), max(tile, w * cell), 3), 255, np.uint8)
     top, left = (page.shape[0] - h * cell) // 2, (page.shape[1] - w * cell) // 2
