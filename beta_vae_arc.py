@@ -34,9 +34,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import draw, run
+from common.arc.plots import curves, maps, prior_page, reconstructions, strip, table
 from common.arc.tasks import OUTSIDE, SOURCES, SPLITS, code_nats, grid_statistics, load_corpus, picture
+from common.arc.tasks import top_up
 from common.ckpt import write_atomic
-from common.arc.embed import pca, tsne
 from common.run import UserError, opt
 
 COLORS = 10
@@ -47,6 +48,7 @@ COLORS = 10
 @dataclass(frozen=True)
 class Config:
     preset: str = opt("arc", "a named set of flags, listed below")
+    config: str = opt("", "JSON file of flags, such as a run's config.json; flags beat it", free=True)
     out: str = opt("", "run directory, or the .npz that `corpus` writes; empty: runs/beta_vae_arc/PRESET")
     data: str = opt("", "comma-separated files or folders: ARC JSON, RE-ARC, .npz; empty: procedural grids")
     words: tuple = opt(("",), "RUN directory of evaluate, sample and plots", positional=True)
@@ -56,7 +58,8 @@ class Config:
     bf16: bool = opt(True, "bfloat16 matrix products where the hardware has them")
     wandb: str = opt("", "Weights & Biases project; empty: log.jsonl alone")
     json: bool = opt(False, "plan: print one JSON object")
-    n: int = opt(0, "procedural grids (0: 100,000 for corpus, else 20,000); sample: draws (0: 64)")
+    n: int = opt(0, "procedural grids (0: 100,000 for corpus, else 20,000); corpus --data: grids in all; "
+                    "sample: draws (0: 64)")
     baselines: bool = opt(True, "evaluate: nearest grid and PCA too, which take longer than the model")
     split: str = opt("test", "evaluate and plots: which part of the data", choices=("train", "val", "test"))
 
@@ -83,6 +86,7 @@ class Config:
     schedule: str = opt("seed", "beta over the run",
                         choices=("seed", "linear", "constant", "cyclical", "conservative"))
     free_bits: float = opt(0.0, "least KL in nats a dimension is charged for")
+    capacity: float = opt(0.0, "C in nats a grid, rising to epoch 30: charge beta |KL - C|; 0: beta KL")
     colors: str = opt("all", "renaming of colours in training", choices=("all", "nonzero", "none"))
     patience: int = opt(10, "stop after so many validations past epoch 30 without a better one; 0: never")
 
@@ -92,18 +96,23 @@ _VECTOR = dict(latent="vector", linear=True, width=32, batch=128, lr=1e-3, beta_
 _PAPER = dict(latent="vector", sizes="fixed", canvas=16, dim=10, width=32, hidden=128, batch=128, lr=1e-3,
               colors="none", patience=10, steps=8000)
 PRESETS = {
-    "arc": dict(paper="held-out tasks in 10 minutes", expect={}, goal=dict(cell_acc=0.90, nonbg_acc=0.80), set={}),
+    "arc": dict(paper="held-out tasks in 10 minutes", expect={}, goal=dict(cell_acc=0.90, nonbg_acc=0.80),
+                set={}),
     "fast": dict(paper="the same in half a minute", expect={}, goal=dict(cell_acc=0.90), set=dict(steps=300)),
-    "arc_long": dict(paper="the same, longer", expect={}, goal=dict(cell_acc=0.97, nonbg_acc=0.92, exact_acc=0.55),
-                     set=dict(steps=6000)),
+    "arc_long": dict(paper="the same, longer", expect={}, set=dict(steps=6000),
+                     goal=dict(cell_acc=0.97, nonbg_acc=0.92, exact_acc=0.55)),
+    "procedural": dict(paper="the same from grids made here, no file", expect={},
+                       goal=dict(cell_acc=0.90), set=dict(steps=600)),
     "arc_small": dict(paper="3x3 patches: 802 latents", expect={}, set=dict(patch=3)),
     "arc_code": dict(paper="a code: KL + reconstruction below zlib", expect={}, goal=dict(cell_acc=0.90),
                      set=dict(prior="causal", colors="nonzero", beta_scale=0.2, lr=3e-3, steps=450)),
     "vector10": dict(paper="PCA 10 on ARC", expect={}, goal=dict(cell_acc=0.484), set=dict(_VECTOR, dim=10)),
-    "vector64": dict(paper="PCA 64 on ARC", expect={}, goal=dict(cell_acc=0.656), set=dict(_VECTOR, dim=64)),
-    "vector256": dict(paper="PCA 256 on ARC", expect={}, goal=dict(cell_acc=0.766), set=dict(_VECTOR, dim=256)),
-    "paper": dict(paper="the seed's network, 16x16, d 10, both terms summed", expect={}, goal=dict(cell_acc=0.90),
-                  set=dict(_PAPER, beta_scale=0.005)),
+    "vector64": dict(paper="PCA 64 on ARC", expect={}, goal=dict(cell_acc=0.656),
+                      set=dict(_VECTOR, dim=64)),
+    "vector256": dict(paper="PCA 256 on ARC", expect={}, goal=dict(cell_acc=0.766),
+                      set=dict(_VECTOR, dim=256)),
+    "paper": dict(paper="the seed's network, 16x16, d 10, both terms summed", expect={},
+                  goal=dict(cell_acc=0.90), set=dict(_PAPER, beta_scale=0.005)),
     "paper_literal": dict(paper="the same with its means: beta 512; collapses", expect={},
                           set=dict(_PAPER, beta_scale=256.0)),
     "smoke": dict(paper="-", expect={}, set=dict(steps=20, width=32, batch=16, n=400, warmup=5)),
@@ -203,6 +212,7 @@ class Spatial(nn.Module):
         self.embed, self.down, self.head = nn.Linear(colors, w), blocks(), nn.Linear(w, 2 * cfg.zc)
         self.lift, self.up, self.paint = nn.Linear(cfg.zc, w), blocks(), nn.Linear(w, colors)
         self.down_norm, self.up_norm = nn.LayerNorm(w), nn.LayerNorm(w)
+        self.register_buffer("onehot", torch.eye(COLORS + 1)[:, :COLORS], persistent=False)   # outside: 0
         with torch.no_grad():
             self.head.bias[cfg.zc:] = -2.0      # start with a posterior that carries something
 
@@ -213,7 +223,7 @@ class Spatial(nn.Module):
         """-> mu, logvar [B, zc H W / p^2], standard normal outside the grid."""
         B, H, W = grid_BHW.shape
         p = self.patch
-        onehot = F.one_hot(grid_BHW.long(), COLORS + 1)[..., :COLORS].float()      # outside: all zero
+        onehot = F.embedding(grid_BHW.int(), self.onehot)
         x = onehot.view(B, H // p, p, W // p, p, COLORS).transpose(2, 3).reshape(B, H // p, W // p, -1)
         mask = inside(shape_B2, H, W)[:, ::p, ::p, None].float()
         x = self.embed(x)
@@ -481,6 +491,11 @@ def elbo_terms(logits_BCHW, grid_BHW, mu_BD, logvar_BD, free_bits=0.0):
     if free_bits:
         return R_B, K_BD.mean(0).clamp(min=free_bits).sum().expand(len(R_B))
     return R_B, K_BD.sum(1)
+
+
+def charge(code, capacity, epoch):
+    """What beta multiplies: nats of code, or (1804.03599) their distance from capacity min(epoch / 30, 1)."""
+    return abs(code - capacity * min(epoch / 30, 1.0)) if capacity else code
 
 
 def beta(epoch, schedule="seed", last=50):
@@ -756,7 +771,7 @@ def train(cfg):
     if not len(held):
         raise UserError("no validation grids: give more tasks, or a corpus with a val split")
     held = held.where(np.random.default_rng(0).permutation(len(held))[:256])
-    optim = torch.optim.Adam(net.parameters(), lr=cfg.lr)
+    optim = torch.optim.Adam(net.parameters(), lr=cfg.lr, fused=ddp.device.type != "mps")
     monitor = Monitor(cfg.patience)
     state = dict(net=net, optim=optim, monitor=monitor)
     facts = dict(path=cfg.data or "procedural", train=len(seen), val=len(held))
@@ -784,7 +799,7 @@ def train(cfg):
             logits, mu, logvar = model(grid)
         R_B, K_B = elbo_terms(logits, grid, mu, logvar, cfg.free_bits)
         # a sum over a fixed room: a grid weighs the same whatever batch it falls in; /100 keeps clip in range
-        loss = (R_B + b * K_B).sum() / (100 * share)
+        loss = (R_B.sum() + b * share * charge(K_B.sum() / share, cfg.capacity, epoch)) / (100 * share)
         optim.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
@@ -813,7 +828,8 @@ def train(cfg):
 def validate(cfg, ddp, net, held, monitor, log, step, epoch, top):
     """Score the held-out grids, log, and keep the weights when R + beta_max K is the lowest yet."""
     result, _, kl_D = measure(net, held, device=ddp.device, amp=cfg.bf16)
-    better = monitor.see(result["recon_nats"] + top * result["kl_nats"]["mean"], epoch)
+    code = charge(result["kl_nats"]["mean"], cfg.capacity, 50)
+    better = monitor.see(result["recon_nats"] + top * code, epoch)
     log("eval", step=step, epoch=epoch, best=better, **{k: v for k, v in result.items() if k != "per_color"},
         kl_per_dim=[round(float(k), 4) for k in kl_D] if len(kl_D) <= 256 else None)
     if better and ddp.rank == 0:
@@ -852,7 +868,10 @@ def load_run(cfg):
 
 
 def evaluate(cfg):
-    """metrics.json: accuracy that padding and background cannot inflate, nats, latents, baselines, prior."""
+    """Accuracy that padding and background cannot inflate, nats, latents, baselines, prior samples.
+
+    Into metrics.json; of another split than test into metrics_SPLIT.json.
+    """
     began = time.perf_counter()
     net, ran, out, data, device = load_run(cfg)
     held = data.part(cfg.split)
@@ -879,7 +898,8 @@ def evaluate(cfg):
                 prior=grid_statistics(best_rectangle(net.decode(z)).cpu().numpy()),
                 data=grid_statistics(held.grids),
                 seconds=round(time.perf_counter() - began, 1))
-    write_atomic(out / "metrics.json", json.dumps(body, indent=1, allow_nan=False).encode())
+    name = "metrics.json" if cfg.split == "test" else f"metrics_{cfg.split}.json"
+    write_atomic(out / name, json.dumps(body, indent=1, allow_nan=False).encode())
     run.record(out, "evaluate", split=cfg.split, cell_acc=result["cell_acc"], nonbg_acc=result["nonbg_acc"],
                exact_acc=result["exact_acc"], elbo_nats=result["elbo_nats"], met=target["met"])
     report(body, PRESETS.get(ran.preset, {}).get("goal", {}))
@@ -939,82 +959,43 @@ def plots(cfg):
     _, mu, kl_D = measure(net, held.where(pick[:2000]), device=device)
     held = held.where(pick[:2000])
     decode = torch.no_grad()(lambda z: best_rectangle(net.decode(z.to(device))).cpu().numpy())
-    back = decode(mu[:16])
-    pairs = [p for g, r in zip(held.grids, back) for p in (picture(g, 144), picture(r, 144, truth=g))]
-    draw.save(draw.grid(pairs, 8, pad=8), to / "reconstruction.png")
-    drawn = decode(net.draw(64, cfg.seed, device))
-    draw.save(draw.grid([picture(g) for g in drawn], 8, pad=6), to / "samples.png")
+    title = f"{ran.preset}: held-out grids and their reconstructions (z = mu), wrong cells framed"
+    draw.save(reconstructions(held.grids[:16], decode(mu[:16]), title), to / "reconstruction.png")
+    draw.save(prior_page(decode(net.draw(256, cfg.seed, device)), held.grids), to / "prior.png")
     t = torch.linspace(0, 1, 8)[:, None]
-    strips = [strip(decode(a + t * (b - a))) for a, b in mu[:12].view(6, 2, -1)]
-    draw.save(draw.grid(sum(strips, []), 8, pad=6), to / "interpolation.png")
-    base = mu[int(np.argmax(held.shapes.astype(int).prod(1)[:50] > 80))]     # a grid large enough to see
-    moving = mu.var(0)[2 * net.coded:].argsort(descending=True)[:6] + 2 * net.coded
-    walk = []
-    for j in [*range(2 * net.coded), *moving.tolist()]:
-        z = base.repeat(7, 1)
-        z[:, j] = torch.linspace(-2, 2, 7) * (1 if j < 2 * net.coded else float(mu[:, j].std()))
-        walk += strip(decode(z))
-    draw.save(draw.grid(walk, 7, pad=6), to / "traversal.png")
+    rows = [strip(decode(a + t * (b - a))) for a, b in mu[16:28].view(6, 2, -1)]
+    draw.save(table(rows, [f"{i}/7" for i in range(8)], title="from one held-out grid to another, linear in mu"),
+              to / "interpolation.png")
+    draw.save(traversal(net, mu, decode), to / "traversal.png")
     if ran.latent == "vector":
         most = sorted(enumerate(kl_D.tolist()), key=lambda p: -p[1])[:40]
         page = draw.bars({f"z{j}": k for j, k in most}, title="nats a grid, by dimension")
     else:
         side = net.padded(net.canvas) // net.multiple
         patches = kl_D[2 * net.coded:].view(side, side, -1).sum(2)
-        page = draw.heat(patches.numpy(), title="nats a grid, by patch")
+        page = draw.heat(patches.numpy(), title="nats a grid, by patch (rows and columns of patches)")
     draw.save(page, to / "kl_per_dim.png")
     curves(out, to)
-    scatter_plots(held, mu, to)
+    maps(held, mu.numpy(), to)
     arithmetic(net, data.part(cfg.split), device, to)
     print(f"wrote {', '.join(sorted(p.name for p in to.glob('*.png')))} to {to}")
 
 
-def strip(grids):
-    """Pictures of a row of grids at one scale."""
-    span = int(shape_of(torch.from_numpy(grids)).max())
-    return [picture(g, span=span) for g in grids]
-
-
-def curves(out, to):
-    """Training curves from log.jsonl."""
-    rows = [json.loads(r) for r in (out / "log.jsonl").read_text().splitlines()]
-    seen = [r for r in rows if r["kind"] == "train"]
-    held = [r for r in rows if r["kind"] == "eval"]
-    pick = lambda rows, key: ([r["step"] for r in rows], [r[key] for r in rows])
-    draw.save(draw.sheet([
-        draw.lines({"training": pick(seen, "cell_acc"), "held-out tasks": pick(held, "cell_acc"),
-                    "held out, non-background": pick(held, "nonbg_acc"),
-                    "held out, exact": pick(held, "exact_acc")},
-                   title="accuracy", xlabel="step"),
-        draw.lines({"reconstruction": pick(seen, "recon"), "code (KL)": pick(seen, "kl")},
-                   title="nats a grid", xlabel="step", logy=True),
-        draw.lines({"beta": pick(seen, "beta")}, title="beta", xlabel="step")], columns=3), to / "curves.png")
-
-
-def scatter_plots(held, mu, to):
-    """PCA and t-SNE of posterior means, coloured by input or output, area, and most frequent colour."""
-    x = mu.numpy().astype(np.float64)
-    area = held.shapes.astype(int).prod(1)
-    mode = F.one_hot(torch.from_numpy(held.grids).long(), 11)[..., :COLORS].sum((1, 2)).argmax(1).numpy()
-    cuts = np.quantile(area, [0.25, 0.5, 0.75])
-    labels = {"half of a pair": np.array(["input", "output", "neither"])[held.io],
-              "cells": np.array([f"quarter {q + 1}" for q in range(4)])[np.searchsorted(cuts, area)],
-              "most frequent colour": np.array([f"colour {c}" for c in mode])}
-    k = min(50, *x.shape)
-    mean, axes, share = pca(x, k)
-    flat = (x - mean) @ axes.T
-    few = slice(0, 600)                                         # t-SNE costs N^2 a step
-    maps = {"latent_pca": (flat[:, :2], f"PCA, {share[:2].sum():.0%} of the variance")}
-    if len(flat[few]) > 91:
-        y, cost = tsne(flat[few], steps=600)
-        maps["latent_tsne"] = (y, f"t-SNE, KL {cost:.2f}")
-    for name, (points, title) in maps.items():
-        panels = []
-        for what, label in labels.items():
-            label = label[:len(points)]
-            groups = {v: points[label == v] for v in sorted(set(label))}
-            panels.append(draw.scatter(groups, title=f"{title}: {what}", equal=False))
-        draw.save(draw.sheet(panels, columns=3), to / f"{name}.png")
+def traversal(net, mu, decode):
+    """One latent of one grid moved from -2 to 2 standard deviations at a time: the sizes, then the busiest."""
+    first = 2 * net.coded
+    area = net.shape(mu[:50]).prod(1)
+    base = mu[int((area - 100).abs().argmin())]                 # large enough to see, small enough to read
+    own = torch.nonzero(mu.var(0) * (base != 0) > 0)[:, 0]      # a patch outside the grid moves nothing
+    own = own[own >= first]
+    busy = own[mu.var(0)[own].argsort(descending=True)[:6]].tolist()
+    rows, names = [], [*("height", "width")[:first], *(f"z{j}" for j in busy)]
+    for j in [*range(first), *busy]:
+        z = base.repeat(7, 1)
+        z[:, j] = torch.linspace(-2, 2, 7) * (1 if j < first else float(mu[:, j].std()))
+        rows.append(strip(decode(z)))
+    heads = [f"{v / 3:.1f} sd" for v in range(-6, 7, 2)]
+    return table(rows, heads, names, "one latent moved, the others held")
 
 
 def arithmetic(net, held, device, to):
@@ -1031,11 +1012,12 @@ def arithmetic(net, held, device, to):
         x, y = one.grids[at[1]], one.grids[at[1] + 1]
         model.add(guess[None], y[None])
         copy.add(x[None], y[None])
-        if len(rows) < 32:
-            rows += [picture(g) for g in (one.grids[at[0]], one.grids[at[0] + 1], x, guess)]
+        if len(rows) < 8:
+            rows.append([picture(g) for g in (one.grids[at[0]], one.grids[at[0] + 1], x, guess, y)])
     if rows:
         a, b = model.result(), copy.result()
-        draw.save(draw.grid(rows, 8, pad=6), to / "arithmetic.png")
+        heads = ("input 1", "output 1", "input 2", "decoded", "output 2")
+        draw.save(table(rows, heads, title="z(output 1) - z(input 1) + z(input 2)"), to / "arithmetic.png")
         print(f"latent arithmetic, {a['n_grids']} tasks: cells {a['cell_acc']:.3f}, "
               f"exact {a['exact_acc']:.3f}; copying the input: cells {b['cell_acc']:.3f}, "
               f"exact {b['exact_acc']:.3f}")
@@ -1044,10 +1026,12 @@ def arithmetic(net, held, device, to):
 
 
 def corpus(cfg):
-    """Build corpus.npz from --data (or 100,000 procedural grids); print what it holds, and its baselines."""
+    """Build corpus.npz: --data, filled up to --n with procedural grids; print what it holds."""
     began = time.perf_counter()
     n = cfg.n or 100_000
     data = load_corpus(cfg.data, cfg.canvas, n, cfg.seed, cfg.sizes == "fixed")
+    if cfg.n > len(data):
+        data = top_up(data, cfg.n, cfg.seed)
     path = pathlib.Path(cfg.out) if cfg.out.endswith(".npz") else pathlib.Path(cfg.out, "corpus.npz")
     path.parent.mkdir(parents=True, exist_ok=True)
     inputs = [p for p in map(pathlib.Path, cfg.data.split(",")) if p.is_file()]

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import json
 import pathlib
 import sys
 import typing
@@ -30,7 +31,7 @@ def parse(Config, presets, commands, argv=None):
     """(command, cfg): defaults, then the preset, then the flags.  Raises UserError on anything unknown.
 
     presets: name -> dict(set={field: value}, paper="table 8, column L/2", expect={"fid": 1.54}).
-    The first command is the default.
+    The first command is the default.  A field `config` names a JSON file of flags, between preset and flags.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     fields = {f.name: f for f in dataclasses.fields(Config)}
@@ -50,6 +51,8 @@ def parse(Config, presets, commands, argv=None):
             flags[f.name], words = tuple(words), []
     if words:
         raise UserError(f"unexpected word '{words[0]}' after '{command}'")
+    if flags.get("config"):
+        flags = {**from_file(flags["config"], Config), **flags}
     preset = flags.get("preset", fields["preset"].default)
     if preset and preset not in presets:
         raise UserError(unknown("preset", preset, presets))
@@ -61,6 +64,34 @@ def parse(Config, presets, commands, argv=None):
     if not values.get("out"):
         values["out"] = str(pathlib.Path("runs", script_name().removesuffix(".py"), preset or "default"))
     return command, Config(**values)
+
+
+def from_file(path, Config):
+    """{field: value} of a JSON object of flags, or of the config.json of a run, whose words it leaves out."""
+    try:
+        data = json.loads(pathlib.Path(path).read_text())
+    except ValueError as error:
+        raise UserError(f"--config {path}: not JSON ({error})") from None
+    data = data.get("config", data) if isinstance(data, dict) else data
+    if not isinstance(data, dict):
+        raise UserError(f"--config {path}: expected a JSON object of flags")
+    fields, hints, values = {f.name: f for f in dataclasses.fields(Config)}, typing.get_type_hints(Config), {}
+    for name, value in data.items():
+        if name not in fields:
+            raise UserError(unknown(f"name in {path}", name, fields))
+        hint, choices = hints[name], fields[name].metadata.get("choices")
+        args = typing.get_args(hint)
+        kinds = [typing.get_origin(a) or a for a in (args if type(None) in args else (hint,))]
+        value = tuple(value) if tuple in kinds and isinstance(value, list) else value
+        value = float(value) if float in kinds and type(value) is int else value
+        if type(value) not in kinds:
+            wanted = " or ".join(k.__name__ for k in kinds)
+            raise UserError(f"--config {path}: {name} takes {wanted}, not {json.dumps(value)}")
+        if choices and value not in choices:
+            raise UserError(unknown(f"{name} in {path}", value, choices))
+        if name != "config" and not fields[name].metadata.get("positional"):
+            values[name] = value
+    return values
 
 
 def _parser(Config, presets, commands):

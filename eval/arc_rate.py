@@ -1,55 +1,89 @@
 """Accuracy against rate of several beta_vae_arc runs: `python -m eval.arc_rate RUN [RUN ...] --out rate.png`.
 
 Reads metrics.json of each run (written by `python beta_vae_arc.py evaluate RUN`), prints one Markdown row a
-run, and draws cell and non-background accuracy over nats a grid, one line per kind of latent.  Nats are code
-plus reconstruction with z drawn from the posterior, which is the bound.
+setting (runs that differ in their seed alone are averaged), and draws accuracy over nats a grid and over the
+number of latents, PCA beside.  Nats are code plus reconstruction with z drawn, which is the bound.
 """
 
 import argparse
 import json
 from pathlib import Path
 
+import numpy as np
+
 from common import draw
+
+NUMBERS = ("cell", "nonbg", "exact", "drawn", "code", "recon", "total")
 
 
 def read(run):
     """The row of one run."""
     m = json.loads(Path(run, "metrics.json").read_text())
     c = m["config"]
-    kind = f"spatial, {c['prior']} prior" if c["latent"] == "spatial" else "vector"
-    beta = 2 * c["beta_scale"] * (0.05 if c["schedule"] == "conservative" else 1)
-    return dict(kind=kind, d=m["latents"], beta=beta, steps=c["steps"], cell=m["cell_acc"],
-                nonbg=m["nonbg_acc"], exact=m["exact_acc"], drawn=m["sampled_z"]["cell_acc"],
-                code=m["kl_nats"]["mean"], recon=m["recon_nats"], total=-m["sampled_z"]["elbo_nats"],
-                uniform=m["uniform_code_nats"], zlib=m["zlib_nats"])
+    kind = "vector" if c["latent"] == "vector" else "spatial, causal prior" if c["prior"] == "causal" else "spatial"
+    top = dict(conservative=0.1).get(c["schedule"], 2)
+    return dict(kind=kind + (" (no file)" if not c["data"] else ""), d=m["latents"], beta=top * c["beta_scale"],
+                steps=c["steps"], runs=1, cell=m["cell_acc"], nonbg=m["nonbg_acc"], exact=m["exact_acc"],
+                drawn=m["sampled_z"]["cell_acc"], code=m["kl_nats"]["mean"], recon=m["recon_nats"],
+                total=-m["sampled_z"]["elbo_nats"], uniform=m["uniform_code_nats"], zlib=m["zlib_nats"],
+                pca={int(k[3:]): (v["cell_acc"], v["nonbg_acc"], v["exact_acc"])
+                     for k, v in m["baselines"].items() if k.startswith("pca")})
+
+
+def merge(rows):
+    """Rows of the same setting as one: means, with the standard deviation over runs as `spread`."""
+    groups = {}
+    for r in rows:
+        groups.setdefault((r["kind"], r["d"], r["beta"], r["steps"]), []).append(r)
+    out = []
+    for some in groups.values():
+        values = {k: [r[k] for r in some] for k in NUMBERS}
+        spread = {k: float(np.std(v, ddof=1)) for k, v in values.items()} if len(some) > 1 else {}
+        means = {k: float(np.mean(v)) for k, v in values.items()}
+        out.append({**some[0], **means, "runs": len(some), "spread": spread})
+    return sorted(out, key=lambda r: (r["kind"], r["total"]))
 
 
 def table(rows):
-    names = ("latents", "d", "beta", "steps", "cell", "non-background", "exact", "cell, z drawn",
+    names = ("latents", "d", "beta", "steps", "runs", "cell", "non-background", "exact", "cell, z drawn",
              "code", "recon", "total, z drawn")
     line = lambda cells: "| " + " | ".join(cells) + " |"
     lines = [line(names), "|" + "---|" * len(names)]
     for r in rows:
-        shares = [f"{r[k]:.4f}" for k in ("cell", "nonbg", "exact", "drawn")]
-        nats = [f"{r[k]:.1f}" for k in ("code", "recon", "total")]
-        lines.append(line([r["kind"], str(r["d"]), f"{r['beta']:g}", str(r["steps"]), *shares, *nats]))
+        text = []
+        for k in NUMBERS:
+            digits = 4 if k in NUMBERS[:4] else 1
+            spread = f" ± {r['spread'][k]:.{digits}f}" if r["spread"] else ""
+            text.append(f"{r[k]:.{digits}f}{spread}")
+        lines.append(line([r["kind"], str(r["d"]), f"{r['beta']:g}", str(r["steps"]), str(r["runs"]), *text]))
+    for d, values in sorted({d: v for r in rows for d, v in r["pca"].items()}.items()):
+        shares = [f"{v:.4f}" for v in values]
+        lines.append(line(["PCA of the canvas", str(d), "", "", "", *shares, *[""] * 4]))
     others = f"uniform code {rows[0]['uniform']:.1f}, zlib {rows[0]['zlib']:.1f} nats a grid"
     return "\n".join([*lines, "", others])
 
 
 def picture(rows):
-    """Accuracy over total nats, with the uniform code and zlib as upright lines."""
-    panels = {}
-    for key, name in (("cell", "cell accuracy"), ("nonbg", "non-background accuracy")):
-        series = {}
-        for kind in dict.fromkeys(r["kind"] for r in rows):
-            points = sorted((r["total"], r[key]) for r in rows if r["kind"] == kind)
-            series[kind] = tuple(zip(*points))
+    """Accuracy over total nats (uniform code and zlib as upright lines), and over the number of latents."""
+    panels, kinds = [], list(dict.fromkeys(r["kind"] for r in rows))
+    pca = {d: v for r in rows for d, v in r["pca"].items()}
+    for i, (key, name) in enumerate((("cell", "cell accuracy"), ("nonbg", "non-background accuracy"))):
+        series = {k: tuple(zip(*sorted((r["total"], r[key]) for r in rows if r["kind"] == k))) for k in kinds}
         low = min(r[key] for r in rows)
-        for name_of, at in (("uniform code", rows[0]["uniform"]), ("zlib", rows[0]["zlib"])):
-            series[name_of] = ((at, at), (low, 1.0))
-        panels[name] = draw.lines(series, xlabel="nats a grid, code + reconstruction", ylabel=name)
-    return draw.sheet(panels)
+        for other in ("zlib", "uniform"):
+            at = rows[0][other]
+            series[f"{other} code"] = ((at, at), (low, 1.0))
+        panels.append(draw.lines(series, title=f"{name} against rate", ylabel=name, size=(560, 440),
+                                 xlabel="nats a grid, code + reconstruction, z drawn"))
+        best = {k: {} for k in kinds}
+        for r in rows:
+            best[r["kind"]][r["d"]] = max(r[key], best[r["kind"]].get(r["d"], 0))
+        if pca:
+            best["PCA of the canvas"] = {d: v[i] for d, v in pca.items()}
+        series = {k: (sorted(v), [v[d] for d in sorted(v)]) for k, v in best.items()}
+        panels.append(draw.lines(series, title=f"{name} against size", xlabel="latents d", ylabel=name,
+                                 logx=True, size=(560, 440)))
+    return draw.sheet(panels, columns=2)
 
 
 def main():
@@ -58,7 +92,7 @@ def main():
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--out", metavar="PNG")
     args = parser.parse_args()
-    rows = sorted(map(read, args.runs), key=lambda r: (r["kind"], r["total"]))
+    rows = merge(map(read, args.runs))
     print(table(rows))
     if args.out:
         draw.save(picture(rows), args.out)

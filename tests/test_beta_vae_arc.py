@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import beta_vae_arc as arc
 from common import run
-from common.arc import embed
+from common.arc import embed, plots
 from common.arc import tasks as files
 from common.arc.generators import procedural
+from eval import arc_rate
 
 torch.set_num_threads(1)
 ROOT = pathlib.Path(arc.__file__).parent
@@ -222,6 +224,23 @@ def test_free_bits_charge_a_floor_after_the_batch_mean():
     assert torch.allclose(K, torch.tensor([1.3, 1.3]))
 
 
+def test_capacity_charges_the_distance_from_a_rising_target():
+    assert arc.charge(70.0, 0.0, 15) == 70 and arc.charge(70.0, 100.0, 15) == 20      # C(15) = 50
+    assert arc.charge(70.0, 100.0, 30) == arc.charge(70.0, 100.0, 50) == 30
+    data, code = grids(16), []
+    run.seed_all(0)
+    model = arc.BetaVAE(arc.Config(**{**SMALL, "width": 32}))
+    optim, grid = torch.optim.Adam(model.parameters(), lr=4e-3), crop(data)
+    for step in range(240):
+        R, K = arc.elbo_terms(*(lambda l, m, v: (l, grid, m, v))(*model(grid)))
+        optim.zero_grad()
+        ((R.mean() + 10 * arc.charge(K.mean(), 60.0, 50 * step / 240)) / 100).backward()
+        optim.step()
+        code.append(K.mean().item())
+    early, late = np.mean(code[65:80]), np.mean(code[-15:])         # C is 29 to 33 there, then 60
+    assert 25 < early < 40 and 54 < late < 66, (early, late)
+
+
 def test_beta_values():
     want = {0: 0.0, 1: 0.1, 10: 1.0, 11: 1.05, 20: 1.5, 30: 2.0, 31: 2.0, 50: 2.0}
     for epoch, value in want.items():
@@ -319,6 +338,22 @@ def test_corpus_file_round_trips(tmp_path, capsys):
         assert np.array_equal(getattr(data, f), getattr(back, f)), f
     assert (data.task_ids[data.task] == back.task_ids[back.task]).all()
     assert "baseline mode" in capsys.readouterr().out
+
+
+def test_a_corpus_holds_as_many_grids_as_were_asked_for(tmp_path):
+    assert len(files.load_corpus("", 30, 700)) == 700
+    task = {"train": [pair(1, 2), pair(3)], "test": [pair(4)]}
+    (tmp_path / "few.json").write_text(json.dumps({"training": {f"t{i}": {"train": [
+        {"input": [[i, 1, 2]], "output": [[i], [i + 1], [3]]}], "test": []} for i in range(8)},
+        "evaluation": {"e": task}}))
+    few = files.load_corpus(str(tmp_path / "few.json"))
+    arc.corpus(arc.Config(data=str(tmp_path / "few.json"), out=str(tmp_path / "c.npz"), n=500))
+    data = files.load_corpus(str(tmp_path / "c.npz"))
+    assert len(data) == 500 and (data.split == 2).sum() == (few.split == 2).sum()
+    assert set(data.split[data.source == files.PROCEDURAL]) == {files.TRAIN}
+    form = lambda c, i: files.canonical(c.grids[i, :c.shapes[i, 0], :c.shapes[i, 1]])
+    held = {form(few, i) for i in np.flatnonzero(few.split > 0)}
+    assert not any(form(data, i) in held for i in np.flatnonzero(data.split == 0))
 
 
 def test_splits_are_by_task_and_no_training_grid_repeats_a_held_out_one():
@@ -590,6 +625,38 @@ def test_picture_has_the_palette_and_frames_wrong_cells():
     assert (small[0, 0] == 255).all() and small[17, 17].tolist() == [0xFF, 0x41, 0x36]
 
 
+def test_tables_of_pictures_have_their_computed_size_and_place():
+    red = np.full((1, 3, 3), OUT, np.uint8)
+    red[0, :2, :2] = 2
+    page = plots.table([plots.strip(red, 40)] * 2, title="t", heads=["h"])
+    assert page.size == (6 + 46, 6 + 26 + 20 + 2 * 46) and page.getpixel((6 + 10, 52 + 10)) == (0xFF, 0x41, 0x36)
+    wrong = red.copy()
+    wrong[0, 1, 1] = 5
+    page = plots.reconstructions(red, wrong, "t", tile=40)
+    colors = {c for _, c in page.getcolors(10_000)}
+    assert (230, 0, 60) in colors and (0xAA, 0xAA, 0xAA) in colors
+    both = np.repeat(red, 40, 0)
+    assert min(plots.prior_page(both, both).size) > 700
+
+
+def test_the_rate_table_averages_seeds_and_the_plot_holds_every_setting(tmp_path):
+    runs = []
+    for i, (latent, d, total) in enumerate((("spatial", 1802, 480.0), ("spatial", 1802, 470.0), ("vector", 10, 260.0))):
+        (tmp_path / f"r{i}").mkdir()
+        runs.append(str(tmp_path / f"r{i}"))
+        body = dict(config=dict(latent=latent, prior="normal", schedule="seed", beta_scale=0.05, steps=9, data="x"),
+                    latents=d, cell_acc=0.9 - i / 10, nonbg_acc=0.8, exact_acc=0.5, recon_nats=50,
+                    sampled_z=dict(cell_acc=0.8, elbo_nats=-total), kl_nats=dict(mean=total - 50),
+                    uniform_code_nats=486.4, zlib_nats=267.5,
+                    baselines=dict(pca10=dict(cell_acc=0.47, nonbg_acc=0.05, exact_acc=0.0)))
+        pathlib.Path(runs[-1], "metrics.json").write_text(json.dumps(body))
+    rows = arc_rate.merge(map(arc_rate.read, runs))
+    assert [(r["kind"], r["runs"], r["total"]) for r in rows] == [("spatial", 2, 475.0), ("vector", 1, 260.0)]
+    text = arc_rate.table(rows)
+    assert "| 0.8500 ± 0.0707 |" in text and "| PCA of the canvas | 10 |" in text and "uniform code 486.4" in text
+    assert min(arc_rate.picture(rows).size) > 300
+
+
 # --- runs ------------------------------------------------------------------------
 
 def test_one_batch_of_grids_is_learned_to_the_last_cell():
@@ -629,6 +696,23 @@ def test_resume_is_bit_exact(tmp_path, monkeypatch, kw):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_checkpoints_come_every_ten_epochs_and_at_the_end(tmp_path, monkeypatch):
+    steps, kept = [], run.save
+    monkeypatch.setattr(run, "save", lambda out, step, *rest: steps.append(step) or kept(out, step, *rest))
+    arc.train(config(tmp_path, steps=100, width=8))             # two steps an epoch
+    assert steps == [20, 40, 60, 80, 100]
+
+
+def test_the_config_of_a_run_is_a_config_file(tmp_path):
+    cfg = config(tmp_path / "r", steps=2, capacity=20.0)
+    arc.train(cfg)
+    file = tmp_path / "r" / "config.json"
+    _, again = run.parse(arc.Config, arc.PRESETS, ("train",), ["--config", str(file)])
+    assert arc.replace(again, config="") == cfg
+    _, more = run.parse(arc.Config, arc.PRESETS, ("train",), ["--config", str(file), "--steps", "9"])
+    assert more.steps == 9 and more.width == cfg.width
+
+
 def test_a_run_leaves_everything_its_readers_need(tmp_path, capsys):
     cfg = config(tmp_path / "r", steps=60, n=1500)
     arc.train(cfg)
@@ -639,6 +723,8 @@ def test_a_run_leaves_everything_its_readers_need(tmp_path, capsys):
     names = {p.name for p in (tmp_path / "r").iterdir()}
     assert {"config.json", "beta_vae_arc.py", "log.jsonl", "RUN.md", "weights.safetensors",
             "final.safetensors", "encoder.safetensors", "decoder.safetensors", "ckpt", "samples"} <= names
+    with Image.open(tmp_path / "r" / "samples" / "batch.png") as page:      # tiles of 96 pixels, 6 apart
+        assert [n % 102 for n in page.size] == [6, 6] and min(page.size) > 100
     load = lambda name: set(run.load_weights(tmp_path / "r" / f"{name}.safetensors")[0])
     assert load("encoder") | load("decoder") == load("weights")
     words = (str(tmp_path / "r"),)
@@ -654,7 +740,7 @@ def test_a_run_leaves_everything_its_readers_need(tmp_path, capsys):
     assert (tmp_path / "r" / "samples" / "prior.png").stat().st_size > 500
     arc.plots(arc.Config(words=words, device="cpu"))
     names = {p.name for p in (tmp_path / "r" / "plots").iterdir()}
-    assert {"reconstruction.png", "samples.png", "interpolation.png", "traversal.png", "kl_per_dim.png",
+    assert {"reconstruction.png", "prior.png", "interpolation.png", "traversal.png", "kl_per_dim.png",
             "curves.png", "latent_pca.png", "latent_tsne.png"} <= names
     assert "target" in capsys.readouterr().out
     with pytest.raises(run.UserError, match="width"):

@@ -53,6 +53,36 @@ def test_flags_beat_presets_and_presets_beat_defaults():
     assert (command, cfg.steps, cfg.lr, cfg.ema) == ("train", 200_000, 0.5, True)
 
 
+@dataclasses.dataclass(frozen=True)
+class Filed(Config):
+    config: str = run.opt("", "JSON file of flags", free=True)
+
+
+def parse_file(path, content, *more):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return run.parse(Filed, PRESETS, ("train",), ["--config", str(path), *more])[1]
+
+
+def test_a_config_file_stands_between_preset_and_flags(tmp_path):
+    body = dict(preset="table8_l2", lr=1, taus=[1.0, 2.0], limit=None, ema=False)
+    cfg = parse_file(tmp_path / "c.json", body, "--mode", "y")
+    assert (cfg.steps, cfg.lr, cfg.taus, cfg.limit, cfg.ema, cfg.mode) == \
+        (200_000, 1.0, (1.0, 2.0), None, False, "y")
+    assert parse_file(tmp_path / "c.json", body, "--lr", "3", "--preset", "small").lr == 3
+    saved = dict(config=dataclasses.asdict(cfg), argv=["x"])                # a run's own config.json
+    again = parse_file(tmp_path / "c.json", saved)
+    assert dataclasses.replace(again, config="") == dataclasses.replace(cfg, config="", files=())
+
+
+@pytest.mark.parametrize("content, says", [
+    (dict(stepz=3), "did you mean 'steps'"), (dict(steps="3"), 'steps takes int, not "3"'),
+    (dict(steps=True), "steps takes int, not true"), (dict(limit=1.5), "limit takes int or NoneType, not 1.5"),
+    (dict(mode="z"), "mode in"), ([1], "expected a JSON object"), ("{", "not JSON")])
+def test_a_wrong_config_file_is_named(tmp_path, content, says):
+    with pytest.raises(run.UserError, match=says):
+        parse_file(tmp_path / "c.json", content)
+
+
 def test_every_kind_of_field_parses():
     command, cfg = parse("sample", "a.png", "b.png", "--no-ema", "--taus", "1,2.5", "--limit", "1e3", "--mode=y")
     assert (command, cfg.files, cfg.ema, cfg.taus, cfg.limit, cfg.mode) == \

@@ -248,8 +248,12 @@ def drop_leaks(corpus):
 def load_corpus(data, canvas=30, n=20_000, seed=0, fixed=False):
     """What `data` names (files or folders, comma-separated), split by task; procedural grids for no name."""
     if not data:
-        rows = [(g, task, 2, PROCEDURAL, UNSPLIT) for g, task in procedural(n, canvas, seed, fixed)]
-        return drop_leaks(split_tasks(stack(rows, canvas)))[0]
+        for more in (4 / 3, 2, 4):              # about one in five repeats an earlier one
+            rows = [(g, t, 2, PROCEDURAL, UNSPLIT) for g, t in procedural(int(n * more), canvas, seed, fixed)]
+            corpus = drop_leaks(split_tasks(stack(rows, canvas)))[0]
+            if len(corpus) >= n:
+                break
+        return corpus.where(slice(0, n))
     parts = []
     for name in data.split(","):
         path = pathlib.Path(name)
@@ -266,6 +270,13 @@ def load_corpus(data, canvas=30, n=20_000, seed=0, fixed=False):
     if fixed and (corpus.shapes != canvas).any():
         raise UserError(f"--sizes fixed needs every grid to be {canvas}x{canvas}; use --sizes coded")
     return corpus
+
+def top_up(corpus, n, seed=0):
+    """A corpus filled up to n with procedural training grids that neither leak nor repeat."""
+    canvas, short = corpus.grids.shape[1], n - len(corpus)
+    rows = [(g, t, 2, PROCEDURAL, TRAIN) for g, t in procedural(short * 4 // 3 + 50, canvas, seed)]
+    return drop_leaks(join([corpus, stack(rows, canvas)]))[0].where(slice(0, n))
+
 
 # --- statistics and pictures ------------------------------------------------
 
@@ -305,11 +316,12 @@ def picture(grid, tile=96, span=None, truth=None):
     paper = (200 + 20 * (np.indices((h, w)).sum(0) % 2)).astype(np.uint8)[..., None].repeat(3, 2)
     image = np.where((grid[:h, :w] == OUTSIDE)[..., None], paper, PALETTE[np.minimum(grid[:h, :w], 9)])
     image = image.repeat(cell, 0).repeat(cell, 1)
-    image[::cell] = image[:, ::cell] = 90
+    if cell > 4:                                # in smaller cells the lines would be most of what one sees
+        image[::cell] = image[:, ::cell] = 90
     for y, x in np.argwhere(grid[:h, :w] != truth[:h, :w]) if truth is not None else ():
         box = image[y * cell:(y + 1) * cell, x * cell:(x + 1) * cell]
-        box[[0, -1]] = box[:, [0, -1]] = (255, 255, 255)
-        if cell > 5:
+        box[[0, -1]] = box[:, [0, -1]] = (255, 255, 255) if cell > 6 else (230, 0, 60)
+        if cell > 6:
             box[[1, -2]] = box[:, [1, -2]] = (230, 0, 60)
     page = np.full((max(tile, h * cell), max(tile, w * cell), 3), 255, np.uint8)
     top, left = (page.shape[0] - h * cell) // 2, (page.shape[1] - w * cell) // 2
