@@ -1,7 +1,7 @@
 """Fusing the views of one sample into one decision: fixed rules and small trained modules.
 
-Weights over views sum to 1 and every rule returns logits.  `trained` averages the views in a shared latent space,
-decodes one reconstruction per view and mixes it with the feature (cross-view fusion module, CVFM).
+Weights over views sum to 1 and every rule returns logits.  `trained` averages the views in a shared latent
+space, decodes one reconstruction per view and mixes it with the feature (cross-view fusion module, CVFM).
 
 B samples  V views  F features  L latent  H heads
 """
@@ -54,16 +54,19 @@ class AttentionFusion(nn.Module):
 
 
 class TrainableCVFM(nn.Module):
-    """z_v = E(f_v), zbar their mean, fhat_v = D_v(zbar); f = sum_v a_v ((1 - rho) f_v + rho fhat_v), a = softmax(omega).
+    """z_v = E(f_v), zbar their mean, fhat_v = D_v(zbar); f = sum_v a_v ((1 - rho) f_v + rho fhat_v), a =
+    softmax(omega).
 
     forward(f, head) -> (logits of the frozen head, weights, 0.1 * mean square of fhat_v - f_v).
     """
 
     def __init__(self, V, width, hidden=512, latent=256):
         super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Dropout(0.1),
+        self.encoder = nn.Sequential(nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.GELU(),
+                                     nn.Dropout(0.1),
                                      nn.Linear(hidden, latent))
-        self.decoders = nn.ModuleList(nn.Sequential(nn.Linear(latent, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.decoders = nn.ModuleList(nn.Sequential(nn.Linear(latent, hidden), nn.GELU(),
+                                                    nn.Linear(hidden, width))
                                       for _ in range(V))
         self.omega, self.rho = nn.Parameter(torch.zeros(V)), nn.Parameter(torch.tensor(-2.0))
 
@@ -78,7 +81,8 @@ class TrainableCVFM(nn.Module):
 
 
 class FlexFusion(nn.Module):
-    """Attention across views with a learned bias per head and pair of views, then the mean and a linear head."""
+    """Attention across views with a learned bias per head and pair of views, then the mean and a linear
+    head."""
 
     def __init__(self, V, width, hidden=512, latent=256, heads=4):
         super().__init__()
@@ -86,7 +90,8 @@ class FlexFusion(nn.Module):
         self.bias, self.out = nn.Parameter(torch.zeros(heads, V, V)), nn.Linear(latent, 2)
 
     def attend(self, f_BVF, flex):
-        """flex: FlexAttention with the bias as score_mod (it has no backward on a CPU); else the same by SDPA."""
+        """flex: FlexAttention with the bias as score_mod (it has no backward on a CPU); else the same by
+        SDPA."""
         q, k, v = self.qkv(self.project(f_BVF)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if not flex:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias.to(q.dtype)[None])

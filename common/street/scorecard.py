@@ -1,4 +1,5 @@
-"""Many predictions of the same test samples, scored alike: metrics with group-bootstrap intervals, paired differences."""
+"""Many predictions of the same test samples, scored alike: metrics with group-bootstrap intervals, paired
+differences."""
 
 import math
 
@@ -22,7 +23,8 @@ def score(prob, label, threshold, group, resamples, seed, level=0.95):
     """dict(metrics, counts, ci): all of binary_metrics at one threshold; ci empty when resamples is 0."""
     measure = binary_metrics(prob, label, threshold)
     hit, y = np.asarray(prob) >= threshold, np.asarray(label, bool)
-    counts = dict(tp=int(np.sum(hit & y)), tn=int(np.sum(~hit & ~y)), fp=int(np.sum(hit & ~y)), fn=int(np.sum(~hit & y)))
+    counts = dict(tp=int(np.sum(hit & y)), tn=int(np.sum(~hit & ~y)), fp=int(np.sum(hit & ~y)),
+                  fn=int(np.sum(~hit & y)))
     ci = {}
     if resamples:
         full = bootstrap(measure, len(y), group, resamples, level, seed=seed)
@@ -31,7 +33,8 @@ def score(prob, label, threshold, group, resamples, seed, level=0.95):
 
 
 def paired(a, b, label, group, resamples, seed, level=0.95):
-    """a - b of every metric, both (prob, threshold) on the same resamples -> {metric: dict(diff, lower, upper, supported)}.
+    """a - b of every metric, both (prob, threshold) on the same resamples -> {metric: dict(diff, lower,
+    upper, supported)}.
 
     supported: the interval excludes 0.
     """
@@ -56,12 +59,14 @@ def slices(rows, names, prob, label, threshold, group, resamples, seed, least=30
                 s = score(prob[at], label[at], threshold, group[at], resamples, seed)
                 out.append(dict(slice=name, value=value, n=int(at.sum()), mcc=s["metrics"]["mcc"],
                                 mcc_prior50=s["metrics"]["mcc_prior50"], accuracy=s["metrics"]["accuracy"],
-                                mcc_lower=s["ci"].get("mcc", {}).get("lower"), mcc_upper=s["ci"].get("mcc", {}).get("upper")))
+                                mcc_lower=s["ci"].get("mcc", {}).get("lower"),
+                                mcc_upper=s["ci"].get("mcc", {}).get("upper")))
     return out
 
 
 def selective(prob, label, threshold, accepted, sets, group, resamples, seed):
-    """Coverage, risk (label not in the set) and error among the accepted, each with its interval; risk at coverages, AURC."""
+    """Coverage, risk (label not in the set) and error among the accepted, each with its interval; risk at
+    coverages, AURC."""
     y = np.asarray(label, np.int64)
     confidence, wrong = np.maximum(prob, 1 - prob), (prob >= threshold) != (y == 1)
     missed, both = ~sets[np.arange(len(y)), y], sets.all(1)
@@ -75,13 +80,15 @@ def selective(prob, label, threshold, accepted, sets, group, resamples, seed):
             return dict(coverage=taken / w.sum(1), risk=(w @ (accepted & missed)) / taken,
                         error=(w @ (accepted & wrong)) / taken, set_size=1 + (w @ (accepted & both)) / taken)
     full = bootstrap(statistic, len(y), group, max(resamples, 1), seed=seed)
-    out = {k: {n: v[n] for n in (("value", "lower", "upper") if resamples else ("value",))} for k, v in full.items()}
+    out = {k: {n: v[n] for n in (("value", "lower", "upper") if resamples else ("value",))}
+           for k, v in full.items()}
     at = {f"risk_at_{c}": float(curve[max(0, round(c * len(y)) - 1)]) for c in (0.5, 0.8, 0.9, 1.0)}
     return rounded(dict(out, **at, aurc=float(curve.mean()), abstention=1 - float(np.mean(accepted))))
 
 
 def optimism(prob, label, group, grid, prior, resamples=200, seed=0):
-    """How much the maximum flatters itself: mean over group resamples of (maximum there - that threshold back here)."""
+    """How much the maximum flatters itself: mean over group resamples of (maximum there - that threshold back
+    here)."""
     rng, names = np.random.default_rng(seed), np.unique(group)
     members, excess = [np.flatnonzero(group == g) for g in names], []
     for _ in range(resamples):

@@ -25,7 +25,8 @@ def autocast(precision, device):
 
 @torch.no_grad()
 def infer(net, samples, device, size, how="square", views=None, precision="auto", workers=0, chunk=64):
-    """Features of all samples, float32 on the CPU: [N, F], or ([N, V, F], boxes [N, V, 4]) when views are wanted.
+    """Features of all samples, float32 on the CPU: [N, F], or ([N, V, F], boxes [N, V, 4]) when views are
+    wanted.
 
     views: dict(source, canvas, grid, overlap) of common.street.views.make_views.
     """
@@ -59,7 +60,8 @@ def probability(logits_NC):
 
 
 def fuse_features(mode, f_NVF, boxes_NV4, net, module=None, mac=False):
-    """Features of all views -> (logits [N, 2], weights [N, V]); module: the trained one, mac: use the second head."""
+    """Features of all views -> (logits [N, 2], weights [N, V]); module: the trained one, mac: use the second
+    head."""
     head = net.head_mac if mac else net.head
     if mode not in fusion.TRAINED:
         return fusion.fuse(mode, head_logits(head, f_NVF), boxes_NV4)
@@ -72,15 +74,18 @@ def fuse_features(mode, f_NVF, boxes_NV4, net, module=None, mac=False):
 
 
 def save_logits(path, net, features_NF, samples, fused=None):
-    """logits [N, 2], labels, features, with MaC-Cal the second head's logits; ids and groups in the metadata."""
+    """logits [N, 2], labels, features, with MaC-Cal the second head's logits; ids and groups in the
+    metadata."""
     heads = {"logits": net.head} | ({"logits_mac": net.head_mac} if net.head_mac is not None else {})
     tensors = fused or {name: head_logits(head, features_NF) for name, head in heads.items()}
-    bundle.save_tensors(path, {**tensors, "labels": torch.from_numpy(samples.labels()), "features": features_NF},
+    bundle.save_tensors(path, {**tensors, "labels": torch.from_numpy(samples.labels()),
+                               "features": features_NF},
                         dict(ids=samples.ids(), groups=samples.groups().tolist()))
 
 
 def read_logits(path, samples=None):
-    """dict(prob, prob_mac or None, label, group, id) of a logits file, float64, cut down to the ids of samples."""
+    """dict(prob, prob_mac or None, label, group, id) of a logits file, float64, cut down to the ids of
+    samples."""
     tensors, meta = bundle.load_tensors(path)
     keep = np.isin(meta["ids"], samples.ids()) if samples is not None else np.ones(len(meta["ids"]), bool)
     prob = {k: probability(v.double())[keep] for k, v in tensors.items() if k.startswith("logits")}
@@ -92,7 +97,8 @@ def read_logits(path, samples=None):
 
 
 class Loose:
-    """Images in hand, with the face of common.street.splits.Samples: one sample, the others are its context."""
+    """Images in hand, with the face of common.street.splits.Samples: one sample, the others are its
+    context."""
 
     def __init__(self, pictures):
         self.pictures = pictures
@@ -108,10 +114,11 @@ class Loose:
 
 
 class Predictor:
-    """A bundle, ready: predictor(image) -> the float to return; predictor.explain(image) -> what is behind it.
+    """A bundle, ready: predictor(image) -> the float to return; predictor.explain(image) -> what is behind
+    it.
 
-    load_model: path of model.safetensors -> module with .features, .head, .head_mac.  context: more frames of the
-    same pass, used when the bundle fuses frames.  Raises run.UserError on an unsound bundle.
+    load_model: path of model.safetensors -> module with .features, .head, .head_mac.  context: more frames of
+    the same pass, used when the bundle fuses frames.  Raises run.UserError on an unsound bundle.
     """
 
     def __init__(self, path, load_model, device="cpu"):
@@ -140,14 +147,16 @@ class Predictor:
         return out
 
     def fused(self, f_NVF, boxes_NV4, mode=None, mac=None):
-        """P(roadwork) before calibration [N] and view weights [N, V] in a fusion mode, the bundle's by default."""
+        """P(roadwork) before calibration [N] and view weights [N, V] in a fusion mode, the bundle's by
+        default."""
         mode = mode or self.bundle["fusion_mode"]
         mac = self.params["head"] == "head_mac" if mac is None else mac
         logits, weights = fuse_features(mode, f_NVF, boxes_NV4, self.net, self.modules.get(mode), mac)
         return probability(logits.double()), weights.numpy()
 
     def policy(self, prob, ids):
-        """Calibrated p, returned float, answer, accepted, sets, surely_none (the FNR rule) of fused probabilities."""
+        """Calibrated p, returned float, answer, accepted, sets, surely_none (the FNR rule) of fused
+        probabilities."""
         p, s = self.calibrate(prob), self.params["selection"]
         tau, t_lo = self.params["decision_threshold"], self.params["fnr"]["t_lo"]
         return dict(p_cal=p, p_out=returned(p, tau), pred=(p >= tau).astype(int),
@@ -159,7 +168,8 @@ class Predictor:
         f, boxes = self.features(Loose([im.convert("RGB") for im in (image, *context)]))
         prob, weights = self.fused(f, boxes)
         out = {k: v[0] for k, v in self.policy(prob, [name]).items()}
-        return dict(p_raw=float(prob[0]), p_cal=float(out["p_cal"]), p_out=float(out["p_out"]), pred=int(out["pred"]),
+        return dict(p_raw=float(prob[0]), p_cal=float(out["p_cal"]), p_out=float(out["p_out"]),
+                    pred=int(out["pred"]),
                     accepted=bool(out["accepted"]), set=[c for c in (0, 1) if out["sets"][c]],
                     surely_none=bool(out["surely_none"]), weights=weights[0].tolist())
 

@@ -1,8 +1,9 @@
-"""Who may see which image: an index of labelled images, hash splits by group, and a store that enforces roles.
+"""Who may see which image: an index of labelled images, hash splits by group, and a store that enforces
+roles.
 
-A group (the frames of one video) falls into a split by the hash of its own name, so adding data moves nothing.
-SplitStore.open is the only door to samples; it checks a table of roles, writes every grant to access_log.jsonl
-and raises LeakageError otherwise.
+A group (the frames of one video) falls into a split by the hash of its own name, so adding data moves
+nothing. SplitStore.open is the only door to samples; it checks a table of roles, writes every grant to
+access_log.jsonl and raises LeakageError otherwise.
 """
 
 import collections
@@ -42,10 +43,12 @@ def read_index(data):
     if (root / "index.jsonl").is_file():
         rows = [json.loads(line) for line in (root / "index.jsonl").read_text().splitlines() if line.strip()]
     elif (root / "labels.json").is_file():
-        rows = [dict(path=r["filename"], label=r["label"]) for r in json.loads((root / "labels.json").read_text())]
+        rows = [dict(path=r["filename"], label=r["label"])
+                for r in json.loads((root / "labels.json").read_text())]
     elif root.is_dir() and (folders := sorted(p for p in root.iterdir() if p.is_dir())):
         if odd := [p.name for p in folders if p.name.lower() not in FOLDERS]:
-            raise UserError(f"{root / odd[0]}: a class folder must be one of {', '.join(FOLDERS)}; or write index.jsonl")
+            raise UserError(f"{root / odd[0]}: a class folder must be one of "
+                            f"{', '.join(FOLDERS)}; or write index.jsonl")
         rows = [dict(path=str(f.relative_to(root)), label=FOLDERS[p.name.lower()])
                 for p in folders for f in sorted(p.rglob("*")) if f.suffix.lower() in EXTENSIONS]
     else:
@@ -69,8 +72,9 @@ def dhash(image):
 
 
 def merge_duplicates(rows, data, distance=4, aspect=0.02):
-    """Join groups that share a file or look alike (dHash within `distance`, aspect ratio within 2 %), in place
-    -> number of joins.  Candidates are found through equal 13-bit pieces: 4 changed bits leave one of 5 whole."""
+    """Join groups that share a file or look alike (dHash within `distance`, aspect ratio within 2 %), in
+    place -> number of joins.  Candidates are found through equal 13-bit pieces: 4 changed bits leave one of 5
+    whole."""
     parent = {r["group"]: r["group"] for r in rows}
 
     def root(g):
@@ -141,8 +145,8 @@ def make_splits(rows, mode="group", images=20, groups=5, tries=50):
             break
     short, salt, split = best
     counts = collections.Counter(split.values())
-    warning = None if not short else (f"no salt of {tries} gives every split {images} images and {groups} groups of "
-                                      "each class; intervals and guarantees will be weak")
+    warning = None if not short else (f"no salt of {tries} gives every split {images} images and {groups} "
+                                      "groups of each class; intervals and guarantees will be weak")
     return dict(schema="streetvision/splits@1", salt=salt, shares=SHARES, mode=mode, warning=warning,
                 counts={name: counts[name] for name in SHARES}, split=split,
                 group={r["id"]: r["group"] for r in rows})
@@ -160,7 +164,8 @@ def leaks(splits):
 
 
 class Samples:
-    """A granted set of rows.  image(i) decodes one; labels() and row["label"] exist only if labels were granted."""
+    """A granted set of rows.  image(i) decodes one; labels() and row["label"] exist only if labels were
+    granted."""
 
     def __init__(self, rows, data, frozen_model=None):
         self.rows, self.data, self.frozen_model = rows, Path(data), frozen_model
@@ -207,7 +212,8 @@ class SplitStore:
         self.rows = read_index(data)
         unknown = [r["id"] for r in self.rows if r["id"] not in self.splits["split"]]
         if unknown:
-            raise UserError(f"{unknown[0]} is not in {path}; make the splits anew or give the data they were made of")
+            raise UserError(f"{unknown[0]} is not in {path}; "
+                            "make the splits anew or give the data they were made of")
         self.grants = []
 
     def part(self, split):
@@ -219,8 +225,8 @@ class SplitStore:
                 and low <= unit(salt, group[r["id"]]) < high]
 
     def open(self, split, phase, purpose, checkpoint=None, sha256=None, model=None):
-        """Samples of `split` for `phase`.  purpose infer_frozen: checkpoint must exist with this sha256, and its
-        images come only while `model` is in eval mode and gradients are off."""
+        """Samples of `split` for `phase`.  purpose infer_frozen: checkpoint must exist with this sha256, and
+        its images come only while `model` is in eval mode and gradients are off."""
         if purpose not in self.roles.get((phase, split), ()):
             raise LeakageError(f"{phase} must not open {split} for {purpose}")
         if purpose == "infer_frozen":
@@ -247,7 +253,8 @@ def check_access_log(run, split="VAL_TEST", phase="evaluate"):
     for line in path.read_text().splitlines() if path.is_file() else ():
         grant = json.loads(line)
         if grant["split"] == split and grant["phase"] != phase:
-            raise LeakageError(f"{split} was opened by {grant['phase']} at {grant['time']}; no honest test is left")
+            raise LeakageError(f"{split} was opened by {grant['phase']} at {grant['time']}; "
+                               "no honest test is left")
 
 
 def write_splits(rows, run, mode="group"):
