@@ -188,6 +188,7 @@ def bundle_errors(path):
     named = [(bundle.get("model_checkpoint"), bundle.get("model_sha256")),
              (bundle.get("cvfm_weights"), bundle.get("cvfm_sha256")),
              (bundle.get("model_config"), bundle.get("model_config_sha256"))]
+    named += [(f.get("path"), f.get("sha256")) for f in (bundle.get("probes") or {}).values()]
     if policies:
         named.append((policies["path"], policies["sha256"]))
     for name, sha in named:

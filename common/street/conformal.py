@@ -72,13 +72,52 @@ def pac_threshold(grid, g_N, wrong_N, alpha=0.05, delta=0.1):
                 pvalues=pvalues)
 
 
-def fnr_threshold(positive_prob_N, alpha=0.05):
+def fnr_threshold(positive_prob_N, alpha=0.05, group_N=None):
     """(d) Answer {0} only if p < t_lo: then P(answer {0} | y = 1) <= alpha exactly -> dict(t_lo or None,
-    n_pos)."""
-    p = np.sort(np.asarray(positive_prob_N, np.float64))
-    kk = math.floor(alpha * (len(p) + 1) + 1e-9)
-    return dict(alpha=alpha, n_pos=len(p), t_lo=float(p[kk - 1]) if kk else None,
-                status="ok" if kk else "infeasible")
+    n_pos).
+
+    t_lo: the largest p with (sum over groups of the share of their p below it + 1) / (groups + 1) <= alpha;
+    without groups every sample is one, and t_lo the floor(alpha (n + 1))-th smallest p.
+    """
+    p = np.asarray(positive_prob_N, np.float64)
+    group = np.unique(np.arange(len(p)) if group_N is None else group_N, return_inverse=True)[1]
+    share = 1 / np.bincount(group)[group] if len(p) else p
+    order = np.argsort(p, kind="stable")
+    p, below = p[order], np.r_[0, np.cumsum(share[order])]
+    units = len(np.unique(group))
+    ok = below[np.searchsorted(p, p)] + 1 <= alpha * (units + 1) + 1e-9
+    return dict(alpha=alpha, n_pos=units, t_lo=float(p[ok].max()) if ok.any() else None,
+                status="ok" if ok.any() else "infeasible")
+
+
+def one_per_group(group, ids):
+    """Index of one sample of every group, picked by the hash of its id."""
+    order = np.argsort(tie_key(ids), kind="stable")
+    return np.sort(order[np.unique(np.asarray(group)[order], return_index=True)[1]])
+
+
+def guarantees(conf, p_conf, p_select, tau, *, xi, alpha, delta, fnr_alpha, unit="group", exchangeable=True):
+    """The four statements of a calibration half -> dict(selection, risk, fnr, pac) for scrc_params.
+
+    conf: dict(label, group, id).  unit "group": frames of one group resemble each other, so only one frame of
+    each group (all of them, averaged, for fnr) may speak: exact for any frame of a new group.  "frame": exact
+    if frames are exchangeable one by one.  exchangeable False: the test split is known to be of another kind.
+    """
+    group = conf["group"] if unit == "group" else np.arange(len(p_conf))
+    at = one_per_group(group, conf["id"])
+    p, y, positive = p_conf[at], conf["label"][at], conf["label"] == 1
+    chosen = scrc_thresholds(p, y, tie_key(conf["id"][at]), xi, alpha)
+    sure = np.maximum(p_select, 1 - p_select)
+    grid = sorted({float(np.quantile(sure, 1 - c)) for c in np.arange(0.30, 1.0001, 0.05).clip(max=1)})
+    holds = "marginal_exact" if chosen["status"] == "ok" and exchangeable else "none"
+    return dict(
+        unit=unit, exchangeable=exchangeable,
+        selection=dict(score="max_prob", **{k: chosen[k]
+                                            for k in ("xi", "lambda1", "lambda1_tie", "k", "n")}),
+        risk=dict(loss="miscoverage", alpha=alpha, lambda2=chosen["lambda2"], m=chosen["m"],
+                  status=chosen["status"], guarantee=holds),
+        fnr=fnr_threshold(p_conf[positive], fnr_alpha, group[positive]),
+        pac=pac_threshold(grid, np.maximum(p, 1 - p), (p >= tau) != (y == 1), alpha, delta))
 
 
 def crc_threshold(grid, loss_NG, alpha, bound=1.0):

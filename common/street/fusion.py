@@ -6,9 +6,15 @@ space, decodes one reconstruction per view and mixes it with the feature (cross-
 B samples  V views  F features  L latent  H heads
 """
 
+import copy
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from common import run
+from common.street.views import step_indices
 
 
 def fuse(mode, logits_BVC, boxes_BV4=None, topk=2, inverse=False):
@@ -106,3 +112,31 @@ class FlexFusion(nn.Module):
 
 
 TRAINED = {"attention": AttentionFusion, "trained": TrainableCVFM, "flex": FlexFusion}
+
+
+def train_fusion(mode, net, train, y_train, cfg, judge, batch=64):
+    """Train one module on cached features, backbone and head frozen; its best epoch by VAL_SELECT MCC.
+
+    judge: (mode, module) -> that MCC.
+    """
+    place = 6 + list(TRAINED).index(mode)
+    run.seed_all(cfg.seed, 6, place)
+    f_NVF = train[0]
+    module = TRAINED[mode](f_NVF.shape[1], f_NVF.shape[2], cfg.phase4c_hidden, cfg.phase4c_latent)
+    optim = torch.optim.AdamW(module.parameters(), cfg.phase4c_lr, weight_decay=0.01)
+    per_epoch, best, rows = math.ceil(len(f_NVF) / batch), (-2.0, None), []
+    for step in range(1, cfg.phase4c_epochs * per_epoch + 1):
+        epoch, ids = step_indices(len(f_NVF), batch, step, cfg.seed)
+        run.seed_all(cfg.seed, 6, place, step)
+        logits, _, extra = module.train()(f_NVF[ids], net.head.eval())
+        loss = F.cross_entropy(logits, torch.from_numpy(y_train[ids])) + extra
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+        if step % per_epoch == 0:
+            value = judge(mode, module)
+            rows.append(dict(mode=mode, epoch=epoch, loss=float(loss.detach()), val_mcc=value))
+            if value > best[0] or best[1] is None:
+                best = value, copy.deepcopy(module.state_dict())
+    module.load_state_dict(best[1])
+    return module.eval(), rows

@@ -88,3 +88,10 @@ def mcc_curve(curve, threshold, value):
     right = draw.lines({"TP": (t, curve.tp), "TN": (t, curve.tn), "FP": (t, curve.fp), "FN": (t, curve.fn),
                         "chosen": line(0, top)}, title="counts", xlabel="threshold", size=(600, 420))
     return draw.sheet([left, right])
+
+
+def gains(paired):
+    """Paired differences of MCC with their intervals, one bar a phase."""
+    return draw.bars({name: (d["diff"], d["lower"], d["upper"]) for name, d in paired.items()},
+                     title="gain of each phase, test MCC, 95 % group bootstrap", xlabel="difference of MCC",
+                     size=(860, 110 + 34 * max(len(paired), 1)))

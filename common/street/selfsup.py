@@ -80,6 +80,14 @@ def gather_with_grad(x_ND):
     return Gather.apply(x_ND) if dist.is_initialized() and dist.get_world_size() > 1 else x_ND
 
 
+def average_gradients(params, ddp):
+    """Mean of the gradients over ranks.  By hand, not DDP: GradCache runs backward several times a step."""
+    for p in params if ddp.world > 1 else ():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        dist.all_reduce(p.grad)
+        p.grad /= ddp.world
+
+
 @torch.no_grad()
 def contrast_scores(z1, z2):
     """alignment mean |z_i - z_pos|^2, uniformity log mean exp(-2 |z_i - z_j|^2), retrieval top-1 among 2N -

@@ -10,6 +10,7 @@ import torch
 from scipy.special import softmax
 
 from common import run
+from common.classify import binary_metrics, mcc_sweep
 from common.street import bundle, conformal, fusion
 from common.street.calibrate import Calibrator
 from common.street.subnet import returned
@@ -70,6 +71,34 @@ def fuse_features(mode, f_NVF, boxes_NV4, net, module=None, mac=False):
     return logits, weights
 
 
+def select_threshold_max_mcc(logits_NC: np.ndarray, labels_N: np.ndarray, n_thresholds: int = 5000,
+                             return_curve: bool = False, target_prior: float | None = None,
+                             space: str = "prob") -> tuple:
+    """(tau, mcc, metrics[, curve]) of the rule p >= tau with the highest MCC on a grid; ties: mid-plateau.
+
+    space "logit": thresholds are equally spaced quantiles of the scores, for scores that crowd near 0 or 1.
+    """
+    prob = probability(logits_NC)
+    grid = np.quantile(prob, np.linspace(0, 1, n_thresholds)) if space == "logit" else None
+    found = mcc_sweep(prob, labels_N, n_thresholds, target_prior, grid)
+    row = found["curve"][found["index"]]
+    m = binary_metrics(prob, labels_N, found["threshold"])()
+    keep = ("mcc", "mcc_prior50", "accuracy", "precision", "recall", "f1", "fnr", "fpr")
+    metrics = {k: m[k] for k in keep} | {k: int(row[k]) for k in ("tp", "tn", "fp", "fn")}
+    metrics |= dict(exact_threshold=found["exact_threshold"], exact_mcc=found["exact_mcc"])
+    return (found["threshold"], found["mcc"], metrics) + ((found["curve"],) if return_curve else ())
+
+
+def answers(logits_NC, label_N):
+    """Scores of logits [N, 2] at 0.5; val_mcc_best, at the threshold that suits these samples best, is only
+    logged."""
+    p = probability(logits_NC)
+    m = binary_metrics(p, label_N)()
+    return dict(val_loss=m["nll"], val_acc=m["accuracy"], val_mcc=m["mcc"], val_fnr=m["fnr"],
+                val_fpr=m["fpr"],
+                val_mcc_best=mcc_sweep(p, label_N, 101)["exact_mcc"])
+
+
 # --- logits on disk ----------------------------------------------------------
 
 
@@ -89,7 +118,8 @@ def read_logits(path, samples=None):
     tensors, meta = bundle.load_tensors(path)
     keep = np.isin(meta["ids"], samples.ids()) if samples is not None else np.ones(len(meta["ids"]), bool)
     prob = {k: probability(v.double())[keep] for k, v in tensors.items() if k.startswith("logits")}
-    return dict(prob=prob["logits"], prob_mac=prob.get("logits_mac"), label=tensors["labels"].numpy()[keep],
+    return dict(logits=tensors["logits"].double().numpy()[keep], prob=prob["logits"],
+                prob_mac=prob.get("logits_mac"), label=tensors["labels"].numpy()[keep],
                 group=np.array(meta["groups"])[keep], id=np.array(meta["ids"])[keep])
 
 
@@ -130,6 +160,8 @@ class Predictor:
         self.params = bundle.read_json(root / self.bundle["policy"]["path"])["scrc_params"]
         self.net = load_model(root / self.bundle["model_checkpoint"])
         self.calibrate = Calibrator.from_json(self.params["calibrator"])
+        self.probes = {Path(p["path"]).stem: load_model(root / p["path"])
+                       for p in (self.bundle.get("probes") or {}).values()}
         self.modules = {}
         if self.bundle["cvfm_weights"]:
             tensors, m = bundle.load_tensors(root / self.bundle["cvfm_weights"])
@@ -138,13 +170,19 @@ class Predictor:
                 own = {k.removeprefix(mode + "."): v for k, v in tensors.items() if k.startswith(mode + ".")}
                 self.modules[mode].load_state_dict(own)
 
-    def features(self, samples, views=True):
+    def features(self, samples, views=True, net=None):
         """infer with the bundle's own settings; the net stays on the CPU between calls."""
-        net = self.net.to(self.device)
+        net = (net or self.net).to(self.device)
         out = infer(net, samples, self.device, self.config["image"], self.config["preprocess"],
                     self.config["views"] if views else None, "fp32")
-        self.net.cpu()
+        net.cpu()
         return out
+
+    def probe(self, name, samples):
+        """P(roadwork) of the logistic regression on a frozen backbone, and its threshold."""
+        net = self.probes[name]
+        f = self.features(samples, views=False, net=net)
+        return probability(head_logits(net.head, f).double()), net.meta["threshold"]
 
     def fused(self, f_NVF, boxes_NV4, mode=None, mac=None):
         """P(roadwork) before calibration [N] and view weights [N, V] in a fusion mode, the bundle's by

@@ -124,16 +124,46 @@ def split_of(group, salt, shares=SHARES):
     return name
 
 
+def assign(rows, mode, salt):
+    """{id: split}.  group: by the hash of the group, so new groups move none.
+
+    hash_stratified: the groups of each class in the order of their hash, cut at quantiles: better balance,
+    but not stable under growth.  official_test: rows with official_split "test" are VAL_TEST, the others are
+    hashed into the other three.  image: frames of one group apart; exists to show what the leak detector
+    finds.
+    """
+    if mode == "image":
+        return {r["id"]: split_of(r["id"], salt) for r in rows}
+    if mode == "group":
+        return {r["id"]: split_of(r["group"], salt) for r in rows}
+    if mode == "official_test":
+        official = {r["group"] for r in rows if r.get("official_split") == "test"}
+        if not official or len(official) == len({r["group"] for r in rows}):
+            raise UserError("split_mode official_test needs rows with official_split test, and others")
+        rest = 1 - SHARES["VAL_TEST"]
+        three = {name: share / rest for name, share in SHARES.items() if name != "VAL_TEST"}
+        return {r["id"]: "VAL_TEST" if r["group"] in official else split_of(r["group"], salt, three)
+                for r in rows}
+    positive, place = {r["group"] for r in rows if r["label"]}, {}
+    for members in (positive, {r["group"] for r in rows} - positive):
+        order, end, low = sorted(members, key=lambda g: unit(salt, g)), 0.0, 0
+        for name, share in SHARES.items():
+            end += share
+            high = round(end * len(order))
+            place |= dict.fromkeys(order[low:high], name)
+            low = high
+    return {r["id"]: place[r["group"]] for r in rows}
+
+
 def make_splits(rows, mode="group", images=20, groups=5, tries=50):
     """Assign every row -> dict for splits.json: salt, shares, counts, warning, split of every id.
 
     Salts "0", "1", ... are tried until every split holds `images` images and `groups` groups of each class.
-    mode "image" splits frames of one group apart: it exists to show what the leak detector finds.
+    mode: "group", "hash_stratified", "official_test", "image", see assign.
     """
-    unit_of = (lambda r: r["group"]) if mode == "group" else (lambda r: r["id"])
     best = None
     for salt in map(str, range(tries)):
-        split = {r["id"]: split_of(unit_of(r), salt) for r in rows}
+        split = assign(rows, mode, salt)
         members = collections.defaultdict(list)
         for r in rows:
             members[split[r["id"]], r["label"]].append(r["group"])
