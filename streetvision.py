@@ -1,16 +1,17 @@
 """Roadwork or not: a classifier of street images, from unlabelled adaptation to a bundle with guarantees.
 
-Idea        Adapt a DINOv3 transformer to street images without labels, train it on few labels, then spend the rest of
-            the labels on honesty: one split picks, one calibrates, one gives guarantees, one is opened once, at the end.
-Paper       DINOv3 2508.10104, ExPLoRA 2406.10973, SimCLR 2002.05709, DoRA 2402.09353, selective conformal risk control
-            2512.12844, learn-then-test 2110.01052; task and scoring: NATIX StreetVision, Bittensor subnet 72
+Idea        Adapt a DINOv3 transformer to street images without labels, train it on few labels, then spend the
+            rest of the labels on honesty: one split picks, one calibrates, one gives guarantees, and one is
+            opened once, at the end.
+Paper       DINOv3 2508.10104, ExPLoRA 2406.10973, SimCLR 2002.05709, DoRA 2402.09353, selective conformal
+            risk control 2512.12844, learn-then-test 2110.01052; task: NATIX StreetVision, Bittensor subnet 72
 Reproduces  no paper number: the data set is the competition's.  Demo numbers: docs/streetvision.md
-Run         1 CPU   python streetvision.py run --preset smoke           all phases on street scenes that it draws
+Run         1 CPU   python streetvision.py run --preset smoke     all phases on street scenes that it draws
             1 GPU   python streetvision.py run --preset vitl --data DATA --model-weights DINOV3_DIR
             then    python streetvision.py evaluate --preset vitl --data DATA
 Differs     docs/streetvision.md lists where the original plan is not followed, and why
 
-B batch  N samples  V views of a sample  D width  F features  H heads  L tokens  P patches  K head dim  C classes
+B batch  N samples  V views of a sample  D width  F features  H heads  L tokens  P patches  C classes
 """
 
 import collections
@@ -32,18 +33,22 @@ from PIL import Image
 from torch import nn
 
 from common import draw, images, run
-from common.street import (augment, bundle, conformal, dinokeys, fusion, pipeline, plots, scorecard, selfsup,
-                           serving, streets, testreport)
-from common.street.adapters import adapt, adapter_tensors, adapted, merge, trainable_report
-from common.ckpt import sha256_file, write_atomic
-from common.classify import binary_metrics, calibration_noise_floor, mcc_sweep
-from common.dino import Block, rope_table
-from common.street.calibrate import CALIBRATORS, compare_calibrators, mac_cal
-from common.street.pipeline import Step
+from common.ckpt import sha256_file
+from common.classify import mcc_sweep
+from common.dino import Backbone
 from common.run import opt
-from common.street.serving import fuse_features, head_logits, probability, read_logits, save_logits
-from common.street.splits import (SplitStore, check_access_log, leaks, merge_duplicates, read_index,
-                                  write_splits)
+from common.street import (ablation, augment, bundle, conformal, dinokeys, export, fusion, pipeline, plots,
+                           probe,
+                           scorecard, selfsup, serving, speed, streets, testreport)
+from common.street.adapters import adapt, adapter_tensors, adapted, merge, trainable_report
+from common.street.commands import bundle_path, data_folder, demo_data, show_config, splits, validate
+from common.street.calibrate import CALIBRATORS, compare_calibrators, mac_cal
+from common.street.paths import ARTIFACTS, Paths  # noqa: F401
+from common.street.pipeline import Step
+from common.street.selfsup import average_gradients
+from common.street.serving import (answers, fuse_features, head_logits, probability, read_logits, save_logits,
+                                   select_threshold_max_mcc)
+from common.street.splits import SplitStore, check_access_log
 from common.street.subnet import natix_perturb
 from common.street.views import normalised, resized, stack, step_indices
 
@@ -55,22 +60,26 @@ SIZES = {"vits16": (384, 12, 6, 1536, False, 16), "vits16plus": (384, 12, 6, 153
          "vith16plus": (1280, 32, 20, 5120, True, 16), "vitt8": (64, 3, 4, 256, False, 8)}
 PHASES = ("phase4a_explora", "phase1", "phase2", "phase4c_cvfm", "phase5", "phase6")
 CLASSES = ("None", "Roadwork")
+# simple ones first: ties go to them
 MODES = ("single_view", "simple_mean", "soft_vote", "topk_mean", "weighted_uncertainty", "content_aware",
-         "attention", "trained", "flex")                                    # simple ones first: ties go to them
+         "attention", "trained", "flex")
 
 # Who may open what, and for which purpose (the table of section 3.1 of the plan): the leakage contract
 ROLES = {("phase4a_explora", "TRAIN_OUTER"): ("grad",), ("phase4a_explora", "TRAIN_INNER"): ("select",),
-         ("phase1", "TRAIN"): ("grad",), ("phase1", "VAL_SELECT"): ("select",), ("phase1", "VAL_CALIB"): ("infer_frozen",),
+         ("phase1", "TRAIN"): ("grad",), ("phase1", "VAL_SELECT"): ("select",),
+         ("phase1", "VAL_CALIB"): ("infer_frozen",),
          ("phase2", "CALIB_FIT"): ("fit",),
          ("phase4c_cvfm", "TRAIN"): ("grad",), ("phase4c_cvfm", "VAL_SELECT"): ("select",),
          ("phase4c_cvfm", "VAL_CALIB"): ("infer_frozen",),
-         ("phase5", "CALIB_FIT"): ("fit",), ("phase5", "CALIB_CONF"): ("fit",), ("phase5", "VAL_SELECT"): ("select",),
+         ("phase5", "CALIB_FIT"): ("fit",), ("phase5", "CALIB_CONF"): ("fit",),
+         ("phase5", "VAL_SELECT"): ("select",),
          ("evaluate", "VAL_TEST"): ("report",)}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Prefixes name the phase that reads a field; changing such a field makes that phase and later ones stale."""
+    """Prefixes name the phase that reads a field; changing such a field makes that phase and later ones
+    stale."""
     preset: str = opt("", "a row of PRESETS")
     out: str = opt("", "run directory")
     data: str = opt("", "data set; empty: draw one under OUT/data")
@@ -91,10 +100,19 @@ class Config:
     size: int = opt(160, "demo-data: side in pixels")
     prior: float = opt(0.5, "demo-data: share of scenes with roadwork")
     shift_scenes: int = opt(60, "demo-data: scenes of the shifted style B")
-    split_mode: str = opt("group", "image: the leaky split, to see the leak detector work", ("group", "image"))
+    split_mode: str = opt("group", "hash of the group; hash_stratified: per class; official_test: the data's "
+                          "own test rows; image: leaky, to see the detector work",
+                          ("group", "hash_stratified", "official_test", "image"))
     data_near_duplicates: bool = opt(False, "join groups whose images look alike before splitting")
     data_augment: str = opt("basic", "training pictures; gate: try both, keep what VAL_SELECT prefers",
                             ("basic", "strong", "rand", "gate"))
+    data_trivial: bool = opt(True, "TrivialAugmentWide in strong pictures")
+    data_trivial_bins: int = opt(31, "strengths of TrivialAugmentWide")
+    data_augmix: bool = opt(True, "AugMix in strong pictures")
+    data_augmix_severity: int = opt(3, "AugMix strengths, of 10")
+    data_augmix_width: int = opt(3, "AugMix chains")
+    data_augmix_alpha: float = opt(1.0, "AugMix Dirichlet parameter")
+    data_multiscale: bool = opt(False, "draw the side of a step's pictures from 0.8 .. 1.2 of model_image")
     data_crop_min: float = opt(0.8, "smallest area of the random crop; 0.1 when tiles are to be fused")
     data_perturb: float = opt(0.0, "probability of the validator's own perturbations in training")
     data_erasing: float = opt(0.0, "probability of random erasing (strong pictures only)")
@@ -104,17 +122,19 @@ class Config:
     model_weights: str = opt("", "DINOv3 directory or file, Hugging Face layout, or Meta's .pth")
     model_features: str = opt("cls_mean", "head input", ("cls", "cls_mean"))
     model_image: int = opt(224, "side of the network's input")
-    model_preprocess: str = opt("square", "how an image becomes square", ("square", "shorter_crop", "letterbox"))
+    model_preprocess: str = opt("square", "how an image becomes square",
+                                ("square", "shorter_crop", "letterbox"))
     model_head: str = opt("mlp", "task head", ("mlp", "linear"))
     model_hidden: int = opt(256, "width of the mlp head")
     model_dropout: float = opt(0.3, "dropout in the head")
     model_init_from_explora: bool = opt(True, "phase1 starts from phase4a's backbone")
     source_steps: int = opt(0, "pretrain the laptop backbone on drawn shapes for so many steps")
-    phase4a_variant: str = opt("plan", "plan: LoRA on q,k,v; paper: on q,v, last block free; full: all", ("plan", "paper", "full"))
+    phase4a_variant: str = opt("plan", "plan: LoRA on q,k,v; paper: on q,v, last block free; full: all",
+                               ("plan", "paper", "full"))
     phase4a_epochs: int = opt(30, "epochs")
     phase4a_batch: int = opt(64, "images a micro-batch, all ranks together")
     phase4a_accumulate: int = opt(1, "micro-batches a step")
-    phase4a_negatives: str = opt("gradcache", "gradcache: all micro-batches are negatives; microbatch: only one's own",
+    phase4a_negatives: str = opt("gradcache", "gradcache: all micro-batches are negatives; microbatch: own",
                                  ("gradcache", "microbatch"))
     phase4a_objective: str = opt("simclr", "byol, swav and byol_swav are the alternatives",
                                  ("simclr", "byol", "swav", "byol_swav"))
@@ -143,6 +163,8 @@ class Config:
     phase1_focal_gamma: float = opt(2.0, "focal exponent")
     phase1_smoothing: float = opt(0.0, "label smoothing")
     phase1_mix: bool = opt(False, "MixUp or CutMix, each on half of the batches")
+    phase1_js: float = opt(0.0, "weight of the Jensen-Shannon loss over a clean picture and two AugMix ones "
+                           "(paper: 12)")
     phase1_patience: int = opt(15, "epochs without progress of VAL_SELECT MCC before stopping")
     phase1_gate_epochs: int = opt(2, "epochs of each trial of the augmentation gate")
     phase1_mac_cal: bool = opt(False, "MaC-Cal: a second head retrained under random masks")
@@ -155,9 +177,17 @@ class Config:
     peft_targets: str = opt("q,k,v,o", "linears of a block")
     peft_blocks: int = opt(8, "the last so many blocks")
     phase2_n_thresholds: int = opt(5000, "grid of the sweep", free=True)
-    phase2_target_prior: float | None = opt(None, "maximise the MCC at this share of positives; none: the data's", free=True)
+    phase2_optimize_metric: str = opt("mcc", "what the sweep maximises", ("mcc",), free=True)
+    phase2_space: str = opt("prob", "thresholds equally spaced in probability, or quantiles of the scores",
+                            ("prob", "logit"), free=True)
+    phase2_save_sweep_curve: bool = opt(True, "write threshold_sweep.csv", free=True)
+    phase2_save_mcc_plot: bool = opt(True, "write mcc_curve.png", free=True)
+    phase2_target_prior: float | None = opt(None,
+                                            "maximise the MCC at this share of positives; none: the data's",
+                                            free=True)
     phase4c_mode: str = opt("auto", "fusion; auto: VAL_SELECT decides", ("auto", *MODES), free=True)
-    phase4c_views: str = opt("tiles", "tiles of one image, or the frames of its group", ("tiles", "frames"), free=True)
+    phase4c_views: str = opt("tiles", "tiles of one image, or the frames of its group", ("tiles", "frames"),
+                             free=True)
     phase4c_canvas: int = opt(0, "letterbox tiles on a square of this side; 0: the image itself", free=True)
     phase4c_grid: int = opt(3, "tiles a side", free=True)
     phase4c_overlap: float = opt(0.15, "share of a tile added on each side", free=True)
@@ -166,30 +196,40 @@ class Config:
     phase4c_hidden: int = opt(512, "encoder width", free=True)
     phase4c_latent: int = opt(256, "latent width", free=True)
     phase5_method: str = opt("auto", "calibrator; auto: the multi-objective choice",
-                             ("auto", "temperature", "platt", "beta", "isotonic", "isotonic_pchip", "ensemble", "mac_cal"), free=True)
+                             ("auto", "temperature", "platt", "beta", "isotonic", "isotonic_pchip",
+                              "ensemble", "mac_cal"), free=True)
     phase5_xi: float = opt(0.8, "share of samples to accept", free=True)
     phase5_alpha: float = opt(0.05, "risk among accepted samples", free=True)
     phase5_delta: float = opt(0.1, "failure probability of the PAC threshold", free=True)
     phase5_fnr_alpha: float = opt(0.05, "share of roadwork that may be answered 'none'", free=True)
+    phase5_unit: str = opt("group", "what is exchangeable: groups, or single frames", ("group", "frame"),
+                           free=True)
+    phase6_probes: bool = opt(True, "put the frozen backbones of the baselines into the bundle", free=True)
     phase6_compress: bool = opt(False, "also write bundle.tar.gz", free=True)
-    phase6_license: str = opt("", "DINOv3 licence text, needed to export a model made from its weights", free=True)
+    phase6_license: str = opt("", "DINOv3 licence text, needed to export a model made from its weights",
+                              free=True)
     phase6_name: str = opt("onefile-streetvision", "model card: name", free=True)
     phase6_version: str = opt("0.1.0", "model card: version X.Y.Z", free=True)
     phase6_submitter: str = opt("", "model card: hotkey address", free=True)
     eval_resamples: int = opt(1000, "bootstrap resamples of groups", free=True)
+    eval_confidence: float = opt(0.95, "level of the intervals", free=True)
     eval_windows: int = opt(2000, "simulated 100-image windows of the competition", free=True)
     hardware_precision: str = opt("auto", "auto: bfloat16 where the GPU has it", ("auto", "fp32", "bf16"))
     hardware_workers: int = opt(0, "threads that decode images", free=True)
-    hardware_compile_mode: str = opt("default", "torch.compile mode", ("default", "reduce-overhead", "max-autotune"))
+    hardware_compile_mode: str = opt("default", "torch.compile mode",
+                                     ("default", "reduce-overhead", "max-autotune"))
     hardware_stance: str = opt("default", "torch.compiler stance",
-                               ("default", "force_eager", "eager_on_recompile", "fail_on_recompile", "performance"))
+                               ("default", "force_eager", "eager_on_recompile", "fail_on_recompile",
+                                "performance"))
 
 
 LAPTOP = dict(model_size="vitt8", model_image=64, model_hidden=64, model_dropout=0.1, source_steps=120,
-              phase4a_variant="full", phase4a_lr=5e-4, phase4a_hidden=256, phase4a_prototypes=32, phase4a_epochs=4,
+              phase4a_variant="full", phase4a_lr=5e-4, phase4a_hidden=256, phase4a_prototypes=32,
+              phase4a_epochs=4,
               phase1_mode="full", phase1_batch=64, phase1_accumulate=1, phase1_epochs=14, phase1_lr=1.5e-3,
               phase1_backbone_lr=1.5e-3, data_scale_to_size=True, data_erasing_max=0.1,
-              phase4c_views="frames", phase4c_epochs=20, phase4c_lr=1e-3, phase4c_hidden=64, phase4c_latent=32)
+              phase4c_views="frames", phase4c_epochs=20, phase4c_lr=1e-3, phase4c_hidden=64,
+              phase4c_latent=32)
 PRESETS = {
     "demo": dict(paper="-", expect={}, set=LAPTOP),
     "smoke": dict(paper="-", expect={}, set=dict(
@@ -197,70 +237,27 @@ PRESETS = {
         phase1_batch=32, phase1_mac_cal=True, phase4c_epochs=8, phase2_n_thresholds=1000)),
     "vitb": dict(paper="-", expect={}, set=dict(model_size="vitb16")),
     "vitl": dict(paper="ExPLoRA table 1, ViT-L (another data set)", expect={}, set=dict(model_size="vitl16")),
-    "vith": dict(paper="-", expect={}, set=dict(model_size="vith16plus", phase1_batch=16, phase1_accumulate=4)),
+    "vith": dict(paper="-", expect={}, set=dict(model_size="vith16plus", phase1_batch=16,
+                                                phase1_accumulate=4)),
 }
-
-
-@dataclass(frozen=True)
-class Paths:
-    """Every artifact of a run."""
-    run: str
-
-    def __getattr__(self, name):
-        if name not in ARTIFACTS:
-            raise AttributeError(name)
-        return Path(self.run, ARTIFACTS[name])
-
-    def ensure_dirs(self):
-        for name in ARTIFACTS:
-            if name.endswith("_dir"):
-                getattr(self, name).mkdir(parents=True, exist_ok=True)
-        return self
-
-
-ARTIFACTS = dict(
-    config_json="config.json", splits_json="splits.json", access_log="access_log.jsonl",
-    pipeline_state="pipeline_state.json", source_weights="source/tiny_source.safetensors",
-    phase4a_dir="phase4a_explora", explora_checkpoint="phase4a_explora/explora_checkpoint.safetensors",
-    explora_lora="phase4a_explora/explora_lora.safetensors",
-    phase1_dir="phase1", model_best="phase1/model_best.safetensors", model_last="phase1/model_last.safetensors",
-    model_ema="phase1/model_ema.safetensors", peft_adapters="phase1/peft_adapters.safetensors",
-    gate_json="phase1/augmentation_gate.json", phase1_metrics="phase1/metrics.csv",
-    val_calib_logits="phase1/val_calib_logits.safetensors", val_select_logits="phase1/val_select_logits.safetensors",
-    phase2_dir="phase2", thresholds_json="phase2/thresholds.json", threshold_sweep_csv="phase2/threshold_sweep.csv",
-    mcc_curve_plot="phase2/mcc_curve.png",
-    phase4c_dir="phase4c_cvfm", cvfm_weights="phase4c_cvfm/cvfm_weights.safetensors",
-    cvfm_report="phase4c_cvfm/cvfm_report.json", val_calib_fused="phase4c_cvfm/val_calib_fused.safetensors",
-    val_select_fused="phase4c_cvfm/val_select_fused.safetensors",
-    phase5_dir="phase5_scrc", scrc_params_json="phase5_scrc/scrc_params.json",
-    calibration_summary="phase5_scrc/calibration_summary.json", reliability_plot="phase5_scrc/reliability.png",
-    export_dir="export", bundle_json="export/bundle.json", bundle_tar="export/bundle.tar.gz",
-    evaluation_dir="evaluation", evaluation_report_json="evaluation/evaluation_report.json",
-    predictions_csv="evaluation/predictions.csv")
 
 
 # --- model -------------------------------------------------------------
 
 
-class ViT(nn.Module):
-    """DINOv3 in the layout of Hugging Face: vit(x_BCHW) -> dict(cls [B, D], patches [B, P, D]) after the last norm.
+class ViT(Backbone):
+    """DINOv3 in the layout of Hugging Face: vit(x_BCHW) -> dict(cls [B, D], patches [B, P, D]), normed.
 
     rope_stretch: in train() mode positions are scaled by one log-uniform factor from [1/s, s] per call.
     """
 
-    def __init__(self, D, depth, heads, hidden, gated=False, patch=16, registers=4):
-        super().__init__()
-        self.D, self.heads, self.patch, self.rope_stretch = D, heads, patch, None
-        self.embeddings = nn.Module()
-        self.embeddings.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.embeddings.mask_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.embeddings.register_tokens = nn.Parameter(torch.zeros(1, registers, D))
-        self.embeddings.patch_embeddings = nn.Conv2d(3, D, patch, patch)
-        self.layer = nn.ModuleList(Block(D, heads, hidden, gated, 1e-5) for _ in range(depth))
-        self.norm = nn.LayerNorm(D, 1e-5)
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.rope_stretch = None
+        self.embeddings.mask_token = nn.Parameter(torch.zeros(1, 1, self.D))
 
     def reset(self):
-        """Random start: normal of std 0.02, layer scale 1 (the published 1e-5 would keep a small model asleep)."""
+        """Random start: normal of std 0.02, layer scale 1 (the published 1e-5 keeps a small model asleep)."""
         for name, p in self.named_parameters():
             if p.ndim > 1 and "mask_token" not in name:
                 nn.init.trunc_normal_(p, std=0.02)
@@ -288,28 +285,19 @@ class ViT(nn.Module):
         vit.load_state_dict(state)
         return vit.eval()
 
-    def tokens(self, x_BCHW):
-        x_BDhw = self.embeddings.patch_embeddings(x_BCHW)
-        stretch = 1.0
-        if self.training and self.rope_stretch:
-            stretch = self.rope_stretch ** float(torch.empty(()).uniform_(-1, 1))
-        rope = [t.to(x_BDhw) for t in rope_table(*x_BDhw.shape[2:], self.D // self.heads, stretch=stretch)]
-        e, B = self.embeddings, len(x_BCHW)
-        x_BLD = torch.cat([e.cls_token.expand(B, -1, -1), e.register_tokens.expand(B, -1, -1),
-                           x_BDhw.flatten(2).mT], 1)
-        for block in self.layer:
-            x_BLD = block(x_BLD, *rope)
-        return self.norm(x_BLD)
-
     def forward(self, x_BCHW):
-        t_BLD = self.tokens(x_BCHW)
+        moving = self.training and self.rope_stretch
+        stretch = self.rope_stretch ** float(torch.empty(()).uniform_(-1, 1)) if moving else 1.0
+        t_BLD = self.tokens(x_BCHW, stretch)
         return dict(cls=t_BLD[:, 0], patches=t_BLD[:, 1 + self.embeddings.register_tokens.shape[1]:])
 
 
 def make_head(kind, F_in, hidden, dropout):
     """Linear - LayerNorm - GELU - Dropout - Linear, or Dropout - Linear; two logits."""
-    head = (nn.Sequential(nn.Linear(F_in, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Dropout(dropout),
-                          nn.Linear(hidden, 2)) if kind == "mlp" else nn.Sequential(nn.Dropout(dropout), nn.Linear(F_in, 2)))
+    head = nn.Sequential(nn.Dropout(dropout), nn.Linear(F_in, 2))
+    if kind == "mlp":
+        head = nn.Sequential(nn.Linear(F_in, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Dropout(dropout),
+                             nn.Linear(hidden, 2))
     for layer in head:
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
@@ -336,16 +324,27 @@ class Classifier(nn.Module):
 
 
 def build(cfg, vit):
-    return Classifier(vit, cfg.model_features, cfg.model_head, cfg.model_hidden, cfg.model_dropout, cfg.phase1_mac_cal)
+    return Classifier(vit, cfg.model_features, cfg.model_head, cfg.model_hidden, cfg.model_dropout,
+                      cfg.phase1_mac_cal)
+
+
+def load_model(path):
+    """A classifier's .safetensors -> Classifier in eval mode, gradients off."""
+    tensors, m = bundle.load_tensors(path)
+    net = Classifier(ViT.sized(m["size"]), m["features"], m["head"], m["hidden"], 0.0, m["mac"])
+    net.load_state_dict(tensors)
+    net.meta = m
+    return net.eval().requires_grad_(False)
 
 
 # --- loss --------------------------------------------------------------
 
 
 def focal_loss(logits_BC, target, alpha=0.25, gamma=2.0):
-    """mean alpha_t (1 - p_t)^gamma (-log p_t), alpha_t = alpha for class 1 and 1 - alpha for class 0; None: 1.
+    """mean alpha_t (1 - p_t)^gamma (-log p_t), alpha_t = alpha for class 1, 1 - alpha for class 0; None: 1.
 
-    target: class indices [B], or soft targets [B, C], for which the terms of the classes are summed with them.
+    target: class indices [B], or soft targets [B, C]: then the sum of the terms of the classes, weighted by
+    them.
     """
     logp_BC = F.log_softmax(logits_BC.float(), 1)
     soft_BC = F.one_hot(target, 2).float() if target.ndim == 1 else target
@@ -354,7 +353,7 @@ def focal_loss(logits_BC, target, alpha=0.25, gamma=2.0):
 
 
 def task_loss(logits_BC, soft_BC, cfg, weight_C):
-    """Cross-entropy, class-weighted cross-entropy (sum w l / sum w) or focal loss, on soft targets, in float32."""
+    """Cross-entropy, class-weighted cross-entropy (sum w l / sum w) or focal loss; soft targets, float32."""
     soft_BC = (1 - cfg.phase1_smoothing) * soft_BC + cfg.phase1_smoothing / 2
     if cfg.phase1_loss == "focal":
         return focal_loss(logits_BC, soft_BC, cfg.phase1_focal_alpha, cfg.phase1_focal_gamma)
@@ -362,10 +361,17 @@ def task_loss(logits_BC, soft_BC, cfg, weight_C):
     return -(w * F.log_softmax(logits_BC.float(), 1)).sum() / w.sum()
 
 
-def nt_xent(z1_ND, z2_ND, temperature=0.1):
-    """NT-Xent of SimCLR: mean over the 2N rows of -z_i z_pos / T + log sum_{j != i} exp(z_i z_j / T), float32.
+def jensen_shannon(logits_KBC):
+    """Mean KL of K answers about the same B pictures to their average: AugMix's consistency, in nats."""
+    logp_KBC = F.log_softmax(logits_KBC.float(), -1)
+    middle_BC = logp_KBC.exp().mean(0).clamp_min(1e-7).log()
+    return (logp_KBC.exp() * (logp_KBC - middle_BC)).sum(-1).mean()
 
-    Rows are normalised here.  ln(2N - 1) when all rows are equal.
+
+def nt_xent(z1_ND, z2_ND, temperature=0.1):
+    """NT-Xent of SimCLR: mean over the 2N rows of -z_i z_pos / T + log sum_{j != i} exp(z_i z_j / T).
+
+    Rows are normalised here, in float32.  ln(2N - 1) when all rows are equal.
     """
     z = F.normalize(torch.cat([z1_ND, z2_ND]).float(), dim=1)
     N = len(z1_ND)
@@ -376,11 +382,14 @@ def nt_xent(z1_ND, z2_ND, temperature=0.1):
 
 # --- data --------------------------------------------------------------
 
-def train_picture(image, cfg, g, strong):
+def train_picture(image, cfg, g, strong, side=None):
     """Crop, flip, colour or TrivialAugment + AugMix, perturbation, erasing; a function of the generator g."""
-    image = augment.flip(augment.resized_crop(image, g, cfg.model_image, (cfg.data_crop_min, 1.0), (0.75, 1.33)), g)
+    side = side or cfg.model_image
+    image = augment.flip(augment.resized_crop(image, g, side, (cfg.data_crop_min, 1.0), (0.75, 1.33)), g)
     if strong == "strong":
-        image = augment.aug_mix(augment.trivial_augment_wide(image, g, scale_to_size=cfg.data_scale_to_size), g)
+        if cfg.data_trivial:
+            image = augment.trivial_augment_wide(image, g, cfg.data_trivial_bins, cfg.data_scale_to_size)
+        image = mixed(image, cfg, g) if cfg.data_augmix else image
     elif strong == "rand":
         image = augment.rand_augment(image, g)
     else:
@@ -388,15 +397,27 @@ def train_picture(image, cfg, g, strong):
         image = augment.color_jitter(image, g, 0.2, 0.2, 0.2, 0.1) if augment.rand(g) < 0.8 else image
     if augment.rand(g) < cfg.data_perturb:
         rng = np.random.default_rng(augment.randint(g, 0, 2**31))
-        image = natix_perturb(image, int(rng.integers(4)), rng, cfg.model_image)
+        image = natix_perturb(image, int(rng.integers(4)), rng, side)
     x_CHW = normalised(image)
     if strong == "strong" and cfg.data_erasing:
         x_CHW = augment.random_erasing(x_CHW, g, cfg.data_erasing, (0.02, cfg.data_erasing_max))
     return x_CHW
 
 
+def mixed(image, cfg, g):
+    return augment.aug_mix(image, g, cfg.data_augmix_severity, cfg.data_augmix_width,
+                           alpha=cfg.data_augmix_alpha)
+
+
+def consistent_pictures(image, cfg, g, side):
+    """[3, C, H, W]: a cropped, flipped picture and two independent AugMix versions of it."""
+    clean = augment.flip(augment.resized_crop(image, g, side, (cfg.data_crop_min, 1.0), (0.75, 1.33)), g)
+    return torch.stack([normalised(v) for v in (clean, mixed(clean, cfg, g), mixed(clean, cfg, g))])
+
+
 def simclr_views(image, cfg, g):
-    """Two independent crops with flip, colour, grey and blur.  mild: orange is the cue, so hue barely moves."""
+    """Two independent crops with flip, colour, grey and blur.  mild: orange is the cue, so hue barely
+    moves."""
     jitter, grey, blur = {"mild": ((0.4, 0.4, 0.4, 0.05), 0.1, 0.5), "sim": ((0.8, 0.8, 0.8, 0.2), 0.2, 0.5),
                           "su": ((0.8, 0.8, 0.8, 0.1), 0.2, 0.8)}[cfg.phase4a_strength]
 
@@ -410,18 +431,22 @@ def simclr_views(image, cfg, g):
     return torch.stack([view(), view()])
 
 
+def views_of(cfg):
+    return dict(source=cfg.phase4c_views, canvas=cfg.phase4c_canvas, grid=cfg.phase4c_grid,
+                overlap=cfg.phase4c_overlap)
+
+
 def infer(net, samples, cfg, device, views=False):
     """Features of a split, float32 on the CPU: [N, F], or with views ([N, V, F], boxes [N, V, 4])."""
-    ways = dict(source=cfg.phase4c_views, canvas=cfg.phase4c_canvas, grid=cfg.phase4c_grid, overlap=cfg.phase4c_overlap)
-    return serving.infer(net, samples, device, cfg.model_image, cfg.model_preprocess, ways if views else None,
-                         cfg.hardware_precision, cfg.hardware_workers)
+    return serving.infer(net, samples, device, cfg.model_image, cfg.model_preprocess,
+                         views_of(cfg) if views else None, cfg.hardware_precision, cfg.hardware_workers)
 
 
 # --- phase 4a: adaptation without labels ----------------------------------
 #
-# ExPLoRA continues self-supervised training on the target images through adapters; here the objective is SimCLR.
-# Negatives are the batch's own, 2 N world - 2 of them: no queue.  Future work: hard negatives.  Without labels they
-# could only be balanced by clusters of features (k-means), not by class.
+# ExPLoRA continues self-supervised training on the target images through adapters; here the objective is
+# SimCLR.  Negatives are the batch's own, 2 N world - 2 of them: no queue.  Future work: hard negatives.
+# Without labels they could only be balanced by clusters of features (k-means), not by class.
 
 
 class Job(tuple):
@@ -430,34 +455,19 @@ class Job(tuple):
 
 
 def starting_backbone(cfg, paths, ddp):
-    """The backbone before any adaptation: DINOv3 weights, or a small one pretrained on drawn shapes, or random."""
+    """The backbone before any adaptation: DINOv3 weights, a small one pretrained on drawn shapes, or
+    random."""
     if cfg.model_weights:
         return ViT.load(cfg.model_weights)
     if not cfg.source_steps:
         run.seed_all(cfg.seed, 1)
         return ViT.sized(cfg.model_size).reset()
     if ddp.rank == 0 and not paths.source_weights.is_file():
-        pretrain_on_shapes(cfg, paths.source_weights)
+        vit = probe.pretrain_on_shapes(ViT.sized(cfg.model_size), cfg.model_image, cfg.source_steps, cfg.seed)
+        bundle.save_tensors(paths.source_weights, vit.state_dict(), dict(steps=cfg.source_steps))
     if ddp.world > 1:
         dist.barrier()
     return ViT.load(paths.source_weights, SIZES[cfg.model_size][2])
-
-
-def pretrain_on_shapes(cfg, path, batch=32):
-    """A stand-in for DINOv3: classify drawn shapes, so that phase 4a has something to adapt."""
-    run.seed_all(cfg.seed, 2)
-    vit = ViT.sized(cfg.model_size).reset()
-    head = nn.Linear(vit.D, len(images.SHAPES))
-    optim = torch.optim.AdamW([*vit.parameters(), *head.parameters()], 1e-3, weight_decay=0.05)
-    for step in range(cfg.source_steps):
-        rng = np.random.default_rng([cfg.seed, step])
-        label_B = torch.from_numpy(rng.integers(0, len(images.SHAPES), batch))
-        x_BCHW = torch.stack([normalised(images.render(images.SHAPES[k], cfg.model_image, rng)) for k in label_B])
-        loss = F.cross_entropy(head(vit(x_BCHW)["cls"]), label_B)
-        optim.zero_grad()
-        loss.backward()
-        optim.step()
-    bundle.save_tensors(path, vit.state_dict(), dict(size=cfg.model_size, steps=cfg.source_steps))
 
 
 def make_projector(D, out=256):
@@ -465,14 +475,18 @@ def make_projector(D, out=256):
 
 
 def open_backbone(vit, cfg):
-    """Choose what phase 4a trains, in place.  plan: LoRA on q,k,v of the last blocks; paper: on q,v and one free block."""
-    last, dropout = len(vit.layer) - 1, cfg.phase4a_dropout
+    """Choose what phase 4a trains, in place.
+
+    plan: LoRA on q, k, v of the last blocks; paper: on q, v of all but the last, which is free; full: all.
+    """
+    last = len(vit.layer) - 1
     if cfg.phase4a_variant == "full":
         return vit.requires_grad_(True)
+    lora = dict(kind="lora", rank=cfg.phase4a_rank, alpha=cfg.phase4a_alpha, dropout=cfg.phase4a_dropout)
     if cfg.phase4a_variant == "plan":
-        return adapt(vit, "lora", cfg.phase4a_rank, cfg.phase4a_alpha, targets=("q", "k", "v"), dropout=dropout,
+        return adapt(vit, **lora, targets=("q", "k", "v"),
                      blocks=range(max(0, last + 1 - cfg.phase4a_blocks), last + 1))
-    adapt(vit, "lora", cfg.phase4a_rank, cfg.phase4a_alpha, targets=("q", "v"), dropout=dropout, blocks=range(last))
+    adapt(vit, **lora, targets=("q", "v"), blocks=range(last))
     vit.layer[last].requires_grad_(True)
     for name, p in vit.named_parameters():
         if cfg.phase4a_norms and "norm" in name:
@@ -488,27 +502,20 @@ def lr_at(step, steps, lr, warmup=0.1, lowest=1e-6):
     return lowest + (lr - lowest) * (1 + math.cos(math.pi * (step - w) / max(steps - w, 1))) / 2
 
 
-def average_gradients(params, ddp):
-    """Mean of the gradients over ranks.  By hand, not DDP: GradCache runs backward several times a step."""
-    for p in params if ddp.world > 1 else ():
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        dist.all_reduce(p.grad)
-        p.grad /= ddp.world
-
-
 def simclr_step(embed, micro, cfg, seed):
-    """Backward of NT-Xent over micro-batches [(2, b, C, H, W)] of two views -> (loss, z1, z2), negatives from all ranks.
+    """Backward of NT-Xent over micro-batches [(2, b, C, H, W)] of two views -> (loss, z1, z2).
 
-    Several micro-batches: gradcache lets every image see every other one; microbatch is the plain, smaller problem.
+    Negatives come from all ranks.  Several micro-batches: gradcache lets every image see every other one;
+    microbatch is the plain, smaller problem.
     """
     def loss_of(z1, z2):
         return nt_xent(selfsup.gather_with_grad(z1), selfsup.gather_with_grad(z2), cfg.phase4a_temperature)
-    accumulate = selfsup.gradcache if cfg.phase4a_negatives == "gradcache" and len(micro) > 1 else selfsup.each_alone
-    return accumulate(embed, micro, loss_of, seed)
+    together = cfg.phase4a_negatives == "gradcache" and len(micro) > 1
+    return (selfsup.gradcache if together else selfsup.each_alone)(embed, micro, loss_of, seed)
 
 
 def run_phase4a(job):
-    """TRAIN images without labels -> explora_checkpoint.safetensors, the adapted backbone in Hugging Face layout."""
+    """TRAIN images without labels -> explora_checkpoint.safetensors, the adapted backbone."""
     cfg, ddp, paths, store, log = job
     train = store.open("TRAIN_OUTER", "phase4a_explora", "grad")
     inner = store.open("TRAIN_INNER", "phase4a_explora", "select")
@@ -546,7 +553,8 @@ def run_phase4a(job):
             x1, x2 = torch.cat(micro, 1)
             with torch.no_grad():
                 target = [shadow_goal.projector(shadow_vit(x)["cls"]) for x in (x1, x2)]
-            loss, z1, z2 = goal.alternative(vit(x1)["cls"], vit(x2)["cls"], target, warm=step <= min(313, per_epoch))
+            loss, z1, z2 = goal.alternative(vit(x1)["cls"], vit(x2)["cls"], target,
+                                            warm=step <= min(313, per_epoch))
             loss.backward()
         average_gradients(params, ddp)
         torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -557,25 +565,33 @@ def run_phase4a(job):
         run.check_finite(step, loss=loss)
         if step % per_epoch == 0 or step == steps:
             book["rows"].append(dict(epoch=epoch, step=step, loss=float(loss), lr=optim.param_groups[0]["lr"],
-                                     val_loss=inner_loss(vit, goal, inner, cfg, ddp), **selfsup.contrast_scores(z1, z2)))
+                                     val_loss=inner_loss(vit, goal, inner, cfg, ddp),
+                                     **selfsup.contrast_scores(z1, z2)))
             log("phase4a", **book["rows"][-1])
         run.save_if_due(paths.phase4a_dir, step, steps, per_epoch, state, ddp)
     if ddp.rank:
         return {}, {}
     bundle.write_csv(paths.phase4a_dir / "metrics.csv", book["rows"])
-    outputs = dict(explora_checkpoint=paths.explora_checkpoint, metrics=paths.phase4a_dir / "metrics.csv")
-    vit = vit.cpu().float().eval()
-    probe = torch.stack([resized(train.image(i), cfg.model_image, cfg.model_preprocess) for i in range(min(8, len(train)))])
-    with torch.no_grad():
-        before = vit(probe)["cls"]
-        if adapted(vit):
-            bundle.save_tensors(paths.explora_lora, *adapter_tensors(vit))
-            outputs["explora_lora"] = paths.explora_lora
-        bundle.save_tensors(paths.explora_checkpoint, merge(vit).state_dict(), dict(size=cfg.model_size))
-        off = float((ViT.load(paths.explora_checkpoint, vit.heads)(probe)["cls"] - before).abs().max())
+    few = torch.stack([resized(train.image(i), cfg.model_image, cfg.model_preprocess)
+                       for i in range(min(8, len(train)))])
+    outputs, off = save_adapted(vit.cpu().float().eval(), few, paths)
+    outputs["metrics"] = paths.phase4a_dir / "metrics.csv"
+    return outputs, dict(merge_max_diff=off, **{k: book["rows"][-1][k] for k in ("loss", "val_loss", "top1")})
+
+
+@torch.no_grad()
+def save_adapted(vit, x_BCHW, paths):
+    """Write the adapters alone and the merged backbone -> (outputs, change of the features of x by
+    merging)."""
+    outputs, before = dict(explora_checkpoint=paths.explora_checkpoint), vit(x_BCHW)["cls"]
+    if adapted(vit):
+        bundle.save_tensors(paths.explora_lora, *adapter_tensors(vit))
+        outputs["explora_lora"] = paths.explora_lora
+    bundle.save_tensors(paths.explora_checkpoint, merge(vit).state_dict(), dict(D=vit.D))
+    off = float((ViT.load(paths.explora_checkpoint, vit.heads)(x_BCHW)["cls"] - before).abs().max())
     if off > 1e-4:
         raise RuntimeError(f"merging the adapters changed the features by {off:.1e}")
-    return outputs, dict(merge_max_diff=off, loss=book["rows"][-1]["loss"], val_loss=book["rows"][-1]["val_loss"])
+    return outputs, off
 
 
 def two_views(samples, ids, cfg, key):
@@ -626,15 +642,44 @@ def param_groups(net, cfg):
                  weight_decay=cfg.phase1_decay if decay else 0.0) for (full, decay), ps in groups.items()]
 
 
-def answers(logits_NC, label_N, threshold=0.5):
-    """Metrics of logits [N, 2]: MCC, rates, loss."""
-    p = probability(logits_NC)
-    m = binary_metrics(p, label_N, threshold)()
-    return dict(val_loss=m["nll"], val_acc=m["accuracy"], val_mcc=m["mcc"], val_fnr=m["fnr"], val_fpr=m["fpr"])
+def batch_of(train, chunk, cfg, epoch, step, pictures):
+    """Pictures [B or 3B, C, H, W] and soft targets [B, 2] of some samples; a function of (seed, epoch,
+    step)."""
+    soft_BC = F.one_hot(torch.from_numpy(train.labels()[chunk]), 2).float()
+    side = cfg.model_image
+    if cfg.data_multiscale:                                     # one side a step, a multiple of the patch
+        scale = 0.8 + 0.1 * augment.randint(run.generator(cfg.seed, 8, step), 0, 5)
+        side = max(1, round(scale * side / SIZES[cfg.model_size][5])) * SIZES[cfg.model_size][5]
+    if cfg.phase1_js:
+        make = lambda i: consistent_pictures(train.image(i), cfg, run.generator(cfg.seed, epoch, int(i)),
+                                             side)
+        return stack(make, chunk, cfg.hardware_workers).transpose(0, 1).flatten(0, 1), soft_BC
+    make = lambda i: train_picture(train.image(i), cfg, run.generator(cfg.seed, epoch, int(i)), pictures,
+                                   side)
+    x = stack(make, chunk, cfg.hardware_workers)
+    if cfg.phase1_mix and len(chunk) > 1:
+        g = run.generator(cfg.seed, 7, step, int(chunk[0]))
+        x, soft_BC = (augment.mixup if augment.rand(g) < 0.5 else augment.cutmix)(x, soft_BC, g)
+    return x, soft_BC
+
+
+def judge(net, ema, select, cfg, device, best, book, epoch, live):
+    """Score the weights and their average on VAL_SELECT, keep the better of them in best -> their scores."""
+    scores = {}
+    for name, values in (("net", {}), ("ema", ema)):
+        with selfsup.swapped(net, values):
+            scores[name] = answers(head_logits(net.head, infer(net, select, cfg, device)), select.labels())
+            if scores[name]["val_mcc"] > book["mcc"] + 0.001 * (name == "net"):
+                book.update(mcc=scores[name]["val_mcc"], epoch=epoch, ema_won=name == "ema")
+                best.update({n: p.detach().clone() for n, p in live.items()})
+    return dict(scores["net"], ema_mcc=scores["ema"]["val_mcc"])
 
 
 def fit_task(job, net, train, select, pictures, epochs, folder, label="phase1"):
-    """Train on TRAIN, judge by VAL_SELECT after every epoch -> dict(best, ema_won, rows).  Resumes from folder/ckpt."""
+    """Train on TRAIN, judge by VAL_SELECT after every epoch -> dict(best, ema, rows, mcc, ema_won).
+
+    Resumes from folder/ckpt.
+    """
     cfg, ddp, _, _, log = job
     live = {n: p for n, p in net.named_parameters() if p.requires_grad and not n.startswith("head_mac")}
     optim = torch.optim.AdamW(param_groups(net, cfg))
@@ -642,41 +687,40 @@ def fit_task(job, net, train, select, pictures, epochs, folder, label="phase1"):
     run.per_rank(cfg.phase1_batch, ddp, "--phase1-batch")
     per_epoch = math.ceil(len(train) / group)
     steps = min(cfg.steps or math.inf, epochs * per_epoch)
-    y_train, y_select = train.labels(), select.labels()
-    share_C = np.bincount(y_train, minlength=2) / len(y_train)
-    weight_C = torch.tensor(cfg.phase1_class_weights or tuple(0.5 / np.maximum(share_C, 1e-9)), device=ddp.device).float()
-    frozen = infer(net, train, cfg, ddp.device) if cfg.phase1_mode == "head" else None      # then no pictures change
+    share_C = np.bincount(train.labels(), minlength=2) / len(train)
+    weight_C = torch.tensor(cfg.phase1_class_weights or tuple(0.5 / np.maximum(share_C, 1e-9)),
+                            device=ddp.device).float()
+    head_only = cfg.phase1_mode == "head"                       # then no pictures change: features once
+    frozen = infer(net, train, cfg, ddp.device) if head_only else None
     ema = {n: p.detach().clone() for n, p in live.items()}
     best, book = {}, dict(mcc=-2.0, epoch=-1, ema_won=False, rows=[])
     state = dict(net=net, optim=optim, ema=ema, best=best, book=book)
     start, began = run.load(folder, state, ddp), time.time()
-    forward = pipeline.maybe_compile(net, torch.zeros(2, 3, cfg.model_image, cfg.model_image, device=ddp.device),
-                                     cfg.compile, cfg.hardware_compile_mode, cfg.hardware_stance)
+    example = torch.zeros(2, 3, cfg.model_image, cfg.model_image, device=ddp.device)
+    forward = pipeline.maybe_compile(net, example, cfg.compile, cfg.hardware_compile_mode,
+                                     cfg.hardware_stance)
     for step in run.progress(start, steps, ddp, label):
         epoch, ids = step_indices(len(train), group, step, cfg.seed)
         run.seed_all(cfg.seed, ddp.rank, step)
-        net.train(cfg.phase1_mode != "head"), net.head.train()
+        net.train(not head_only), net.head.train()
         for g in optim.param_groups:
             g["lr"] = lr_at(step - 1, steps, g["peak"], cfg.phase1_warmup)
         optim.zero_grad()
-        seen = np.zeros(3)                                                  # images, right answers, loss
-        for chunk in (ids[a:a + cfg.phase1_batch][ddp.rank::ddp.world] for a in range(0, len(ids), cfg.phase1_batch)):
-            if not len(chunk):
-                continue
-            soft_BC = F.one_hot(torch.from_numpy(y_train[chunk]), 2).float()
-            if frozen is None:
-                make = lambda i: train_picture(train.image(i), cfg, run.generator(cfg.seed, epoch, int(i)), pictures)
-                x = stack(make, chunk, cfg.hardware_workers)
-                if cfg.phase1_mix and len(chunk) > 1:
-                    g = run.generator(cfg.seed, 7, step, int(chunk[0]))
-                    x, soft_BC = (augment.mixup if augment.rand(g) < 0.5 else augment.cutmix)(x, soft_BC, g)
-                with serving.autocast(cfg.hardware_precision, ddp.device):
-                    logits_BC = forward(x.to(ddp.device))
+        seen = np.zeros(3)                                      # images, right answers, loss
+        micro = [ids[a:a + cfg.phase1_batch] for a in range(0, len(ids), cfg.phase1_batch)]
+        for chunk in (m[ddp.rank::ddp.world] for m in micro if len(m) > ddp.rank):
+            if head_only:
+                soft_BC = F.one_hot(torch.from_numpy(train.labels()[chunk]), 2).float()
+                logits = net.head(frozen[chunk].to(ddp.device))
             else:
-                logits_BC = net.head(frozen[chunk].to(ddp.device))
-            loss = task_loss(logits_BC, soft_BC.to(ddp.device), cfg, weight_C)
-            (loss * len(chunk) * ddp.world / len(ids)).backward()           # summed over micro-batches: the batch's mean
-            right = (logits_BC.argmax(1).cpu() == soft_BC.argmax(1)).sum()
+                x, soft_BC = batch_of(train, chunk, cfg, epoch, step, pictures)
+                with serving.autocast(cfg.hardware_precision, ddp.device):
+                    logits = forward(x.to(ddp.device))
+            loss = task_loss(logits[:len(chunk)], soft_BC.to(ddp.device), cfg, weight_C)
+            if len(logits) > len(chunk):
+                loss = loss + cfg.phase1_js * jensen_shannon(logits.unflatten(0, (3, len(chunk))))
+            (loss * len(chunk) * ddp.world / len(ids)).backward()       # sums to the mean of the whole batch
+            right = (logits[:len(chunk)].argmax(1).cpu() == soft_BC.argmax(1)).sum()
             seen += [len(chunk), float(right), float(loss.detach()) * len(chunk)]
         average_gradients(live.values(), ddp)
         torch.nn.utils.clip_grad_norm_(live.values(), 1.0)
@@ -684,18 +728,11 @@ def fit_task(job, net, train, select, pictures, epochs, folder, label="phase1"):
         selfsup.average_into(ema, live, min(0.9999, (1 + step) / (10 + step)))
         run.check_finite(step, loss=seen[2])
         if step % per_epoch == 0 or step == steps:
-            scores = {}
-            for name, values in (("net", {}), ("ema", ema)):
-                with selfsup.swapped(net, values):
-                    logits = head_logits(net.head, infer(net, select, cfg, ddp.device))
-                    scores[name] = answers(logits, y_select)
-                    if scores[name]["val_mcc"] > book["mcc"] + 0.001 * (name == "net"):
-                        book.update(mcc=scores[name]["val_mcc"], epoch=epoch, ema_won=name == "ema")
-                        best.update({n: p.detach().clone() for n, p in live.items()})
-            row = dict(epoch=epoch, step=step, train_loss=seen[2] / max(seen[0], 1), train_acc=seen[1] / max(seen[0], 1),
-                       lr=optim.param_groups[0]["lr"], **scores["net"], ema_mcc=scores["ema"]["val_mcc"],
-                       seconds=time.time() - began, images_per_s=(step - start) * group / (time.time() - began),
-                       effective_batch=group)
+            spent, n = time.time() - began, max(seen[0], 1)
+            row = dict(epoch=epoch, step=step, train_loss=seen[2] / n, train_acc=seen[1] / n,
+                       lr=optim.param_groups[0]["lr"], effective_batch=group, seconds=spent,
+                       images_per_s=(step - start) * group / spent,
+                       **judge(net, ema, select, cfg, ddp.device, best, book, epoch, live))
             book["rows"].append(row)
             log(label, **row)
         run.save_if_due(folder, step, steps, per_epoch, state, ddp)
@@ -705,12 +742,13 @@ def fit_task(job, net, train, select, pictures, epochs, folder, label="phase1"):
 
 
 def gate(job, train, select):
-    """Train 'basic' and 'strong' pictures briefly and keep strong if VAL_SELECT agrees -> (choice, decision)."""
+    """Train 'basic' and 'strong' pictures briefly; strong stays if VAL_SELECT agrees -> (choice,
+    decision)."""
     cfg, ddp, paths = job[:3]
     result = {}
     for pictures in ("basic", "strong"):
-        folder = paths.phase1_dir / f"gate_{pictures}"
-        rows = fit_task(job, prepare(cfg, paths, ddp), train, select, pictures, cfg.phase1_gate_epochs, folder, "gate")["rows"]
+        folder, net = paths.phase1_dir / f"gate_{pictures}", prepare(cfg, paths, ddp)
+        rows = fit_task(job, net, train, select, pictures, cfg.phase1_gate_epochs, folder, "gate")["rows"]
         result[pictures] = {k: rows[-1][k] for k in ("val_mcc", "val_fnr")}
         shutil.rmtree(folder / "ckpt", ignore_errors=True)
     accept = gate_accepts(result["basic"], result["strong"])
@@ -727,22 +765,36 @@ def run_phase1(job):
     """TRAIN -> model_best.safetensors by VAL_SELECT; then, frozen, the logits of VAL_CALIB."""
     cfg, ddp, paths, store, log = job
     train, select = store.open("TRAIN", "phase1", "grad"), store.open("VAL_SELECT", "phase1", "select")
-    outputs = dict(metrics=paths.phase1_metrics, model_best=paths.model_best, model_last=paths.model_last,
-                   model_ema=paths.model_ema, val_calib_logits=paths.val_calib_logits,
-                   val_select_logits=paths.val_select_logits)
-    pictures, decision = (cfg.data_augment, None) if cfg.data_augment != "gate" else gate(job, train, select)
+    pictures, decision = cfg.data_augment, None
+    if pictures == "gate":
+        pictures, decision = gate(job, train, select)
     net = prepare(cfg, paths, ddp)
     report = trainable_report(net)
     fit = fit_task(job, net, train, select, pictures, cfg.phase1_epochs, paths.phase1_dir)
     if ddp.rank:
         return {}, {}
+    names = ("phase1_metrics", "model_best", "model_last", "model_ema", "val_calib_logits",
+             "val_select_logits")
+    outputs = {name: getattr(paths, name) for name in names}
     if decision:
         bundle.write_json(paths.gate_json, decision)
         outputs["gate"] = paths.gate_json
-    net = net.cpu()
-    meta = dict(size=cfg.model_size, features=cfg.model_features, head=cfg.model_head, hidden=cfg.model_hidden,
-                mac=cfg.phase1_mac_cal, image=cfg.model_image, preprocess=cfg.model_preprocess)
-    for path, values in ((paths.model_last, {}), (paths.model_ema, fit["ema"]), (paths.model_best, fit["best"])):
+    outputs |= save_trained(net.cpu(), fit, cfg, paths, train, select, log)
+    outputs |= fit_probes(cfg, paths, ddp, train, select)
+    bundle.write_csv(paths.phase1_metrics, fit["rows"])
+    frozen = load_model(paths.model_best).to(ddp.device)
+    calib = store.open("VAL_CALIB", "phase1", "infer_frozen", paths.model_best, sha256_file(paths.model_best),
+                       frozen)
+    for samples, path in ((select, paths.val_select_logits), (calib, paths.val_calib_logits)):
+        save_logits(path, frozen, infer(frozen, samples, cfg, ddp.device), samples)
+    return outputs, dict(mcc_val_select=fit["mcc"], ema_won=fit["ema_won"], pictures=pictures, **report)
+
+
+def save_trained(net, fit, cfg, paths, train, select, log):
+    """Write the last, averaged and best weights, adapters merged; the best also gets its MaC-Cal head."""
+    outputs, meta = {}, facts(cfg, cfg.model_head, cfg.phase1_mac_cal)
+    for path, values in ((paths.model_last, {}), (paths.model_ema, fit["ema"]),
+                         (paths.model_best, fit["best"])):
         with selfsup.swapped(net, {n: t.cpu() for n, t in values.items()}):
             done = copy.deepcopy(net).eval()
         if adapted(done) and path == paths.model_best:
@@ -754,126 +806,116 @@ def run_phase1(job):
             done.head_mac.load_state_dict(done.head.state_dict())
             log("mac_cal", rho=mac_cal(done.head_mac, f[0], train.labels(), f[1], select.labels(), cfg.seed))
         bundle.save_tensors(path, done.state_dict(), meta)
-    bundle.write_csv(paths.phase1_metrics, fit["rows"])
-    frozen = load_model(paths.model_best).to(ddp.device)
-    calib = store.open("VAL_CALIB", "phase1", "infer_frozen", paths.model_best, sha256_file(paths.model_best), frozen)
-    for samples, path in ((select, paths.val_select_logits), (calib, paths.val_calib_logits)):
-        save_logits(path, frozen, infer(frozen, samples, cfg, ddp.device), samples)
-    return outputs, dict(mcc_val_select=fit["mcc"], ema_won=fit["ema_won"], pictures=pictures, **report)
+    return outputs
 
 
-def load_model(path):
-    """model_*.safetensors -> Classifier in eval mode, gradients off."""
-    tensors, meta = bundle.load_tensors(path)
-    net = Classifier(ViT.sized(meta["size"]), meta["features"], meta["head"], meta["hidden"], 0.0, meta["mac"])
-    net.load_state_dict(tensors)
-    net.meta = meta
-    return net.eval().requires_grad_(False)
+def facts(cfg, head, mac):
+    """What load_model must know beside the tensors."""
+    return dict(size=cfg.model_size, features=cfg.model_features, head=head, hidden=cfg.model_hidden, mac=mac,
+                image=cfg.model_image, preprocess=cfg.model_preprocess)
+
+
+def fit_probes(cfg, paths, ddp, train, select):
+    """Logistic regression on the frozen backbone before and, if there is one, after phase 4a -> outputs."""
+    alone = run.Ranks(0, 1, ddp.device)                         # the other ranks are not here: no barrier
+    backbones = {"probe_before": starting_backbone(cfg, paths, alone)}
+    if paths.explora_checkpoint.is_file():
+        backbones["probe_after"] = ViT.load(paths.explora_checkpoint, backbones["probe_before"].heads)
+    for name, vit in backbones.items():
+        net = Classifier(vit, cfg.model_features, "linear", 0, 0.0).to(ddp.device)
+        parts = [(infer(net, s, cfg, ddp.device), s.labels()) for s in (train, select)]
+        chosen = probe.fit_probe(net.cpu().head[1], *parts)
+        bundle.save_tensors(getattr(paths, name), net.state_dict(), facts(cfg, "linear", False) | chosen)
+    return {name: getattr(paths, name) for name in backbones}
 
 
 # --- phase 2: the threshold -------------------------------------------------
-
-
-def select_threshold_max_mcc(logits_NC, labels_N, n_thresholds=5000, return_curve=False, target_prior=None):
-    """(tau, mcc, metrics[, curve]) of the rule p >= tau with the highest MCC on a grid; ties: the middle of the plateau."""
-    prob = probability(logits_NC)
-    found = mcc_sweep(prob, labels_N, n_thresholds, target_prior)
-    row = found["curve"][found["index"]]
-    m = binary_metrics(prob, labels_N, found["threshold"])()
-    keep = ("mcc", "mcc_prior50", "accuracy", "precision", "recall", "f1", "fnr", "fpr")
-    metrics = {k: m[k] for k in keep} | {k: int(row[k]) for k in ("tp", "tn", "fp", "fn")}
-    metrics |= dict(exact_threshold=found["exact_threshold"], exact_mcc=found["exact_mcc"])
-    return (found["threshold"], found["mcc"], metrics) + ((found["curve"],) if return_curve else ())
 
 
 def run_phase2(job):
     """CALIB_FIT logits -> thresholds.json, the sweep and its curve."""
     cfg, _, paths, store, _ = job
     z = read_logits(paths.val_calib_logits, store.open("CALIB_FIT", "phase2", "fit"))
-    logits = np.log(np.stack([1 - z["prob"], z["prob"]], 1).clip(1e-300))
-    tau, best, metrics, curve = select_threshold_max_mcc(logits, z["label"], cfg.phase2_n_thresholds, True, cfg.phase2_target_prior)
-    metrics["mcc_optimism"] = scorecard.optimism(z["prob"], z["label"], z["group"], min(cfg.phase2_n_thresholds, 1000), cfg.phase2_target_prior)
+    n, prior = cfg.phase2_n_thresholds, cfg.phase2_target_prior
+    tau, best, metrics, curve = select_threshold_max_mcc(z["logits"], z["label"], n, True, prior,
+                                                         cfg.phase2_space)
+    metrics["mcc_optimism"] = scorecard.optimism(z["prob"], z["label"], z["group"], min(n, 1000), prior)
     bundle.write_json(paths.thresholds_json, dict(
-        schema="streetvision/policy@1", policy_type="threshold", threshold=tau, metrics=scorecard.rounded(metrics),
-        n_thresholds=cfg.phase2_n_thresholds, optimize_metric="mcc", target_prior=cfg.phase2_target_prior,
+        schema="streetvision/policy@1", policy_type="threshold", threshold=tau, n_thresholds=n,
+        metrics=scorecard.rounded(metrics), optimize_metric=cfg.phase2_optimize_metric, target_prior=prior,
         split_used="val_calib/fit", n_samples=len(z["label"]), model_sha256=sha256_file(paths.model_best),
         decision="p>=threshold"))
-    bundle.write_csv(paths.threshold_sweep_csv, [dict(zip(curve.dtype.names, row.tolist())) for row in curve])
-    draw.save(plots.mcc_curve(curve, tau, best), paths.mcc_curve_plot)
-    return dict(thresholds=paths.thresholds_json, sweep=paths.threshold_sweep_csv, curve=paths.mcc_curve_plot), \
-        dict(threshold=tau, mcc=best, mcc_optimism=metrics["mcc_optimism"])
+    outputs = dict(thresholds=paths.thresholds_json)
+    if cfg.phase2_save_sweep_curve:
+        outputs["sweep"] = paths.threshold_sweep_csv
+        rows = [dict(zip(curve.dtype.names, row.tolist())) for row in curve]
+        bundle.write_csv(paths.threshold_sweep_csv, rows)
+    if cfg.phase2_save_mcc_plot:
+        outputs["curve"] = paths.mcc_curve_plot
+        draw.save(plots.mcc_curve(curve, tau, best), paths.mcc_curve_plot)
+    return outputs, dict(threshold=tau, mcc=best, mcc_optimism=metrics["mcc_optimism"])
 
 
 # --- phase 4c: several views ------------------------------------------------
 
 
-def train_fusion(mode, net, train, select, y_train, y_select, cfg, batch=64):
-    """Train one module on cached features, backbone and head frozen; its best epoch by VAL_SELECT MCC."""
-    run.seed_all(cfg.seed, 6, MODES.index(mode))
-    f_NVF = train[0]
-    module = fusion.TRAINED[mode](f_NVF.shape[1], f_NVF.shape[2], cfg.phase4c_hidden, cfg.phase4c_latent)
-    optim = torch.optim.AdamW(module.parameters(), cfg.phase4c_lr, weight_decay=0.01)
-    per_epoch, best, rows = math.ceil(len(f_NVF) / batch), (-2.0, None), []
-    for step in range(1, cfg.phase4c_epochs * per_epoch + 1):
-        epoch, ids = step_indices(len(f_NVF), batch, step, cfg.seed)
-        run.seed_all(cfg.seed, 6, MODES.index(mode), step)
-        logits, _, extra = module.train()(f_NVF[ids], net.head.eval())
-        loss = F.cross_entropy(logits, torch.from_numpy(y_train[ids])) + extra
-        optim.zero_grad()
-        loss.backward()
-        optim.step()
-        if step % per_epoch == 0:
-            value = answers(fuse_features(mode, *select, net, module)[0], y_select)["val_mcc"]
-            rows.append(dict(mode=mode, epoch=epoch, loss=float(loss.detach()), val_mcc=value))
-            if value > best[0] or best[1] is None:
-                best = value, copy.deepcopy(module.state_dict())
-    module.load_state_dict(best[1])
-    return module.eval(), rows
+def choose_fusion(report, wanted):
+    """The simplest mode within 0.002 MCC of the best on VAL_SELECT, or the one asked for."""
+    top = max(r["mcc"] for r in report.values())
+    return wanted if wanted != "auto" else next(m for m in MODES if report[m]["mcc"] >= top - 0.002)
 
 
 def run_phase4c(job):
     """Every fusion mode on VAL_SELECT; the best, simplest one is frozen and fuses VAL_CALIB."""
     cfg, ddp, paths, store, _ = job
     net = load_model(paths.model_best).to(ddp.device)
-    train, select = store.open("TRAIN", "phase4c_cvfm", "grad"), store.open("VAL_SELECT", "phase4c_cvfm", "select")
+    train = store.open("TRAIN", "phase4c_cvfm", "grad")
+    select = store.open("VAL_SELECT", "phase4c_cvfm", "select")
     f_train, f_select = (infer(net, s, cfg, ddp.device, views=True) for s in (train, select))
     net, y_train, y_select = net.cpu(), train.labels(), select.labels()
     modules, rows, report = {}, [], {}
+
+    def judge(mode, module):
+        return answers(fuse_features(mode, *f_select, net, module)[0], y_select)["val_mcc"]
     for mode in MODES:
         if mode in fusion.TRAINED:
-            modules[mode], new = train_fusion(mode, net, f_train, f_select, y_train, y_select, cfg)
+            modules[mode], new = fusion.train_fusion(mode, net, f_train, y_train, cfg, judge)
             rows += new
         logits, weights = fuse_features(mode, *f_select, net, modules.get(mode))
-        p = probability(logits.double())
-        s = scorecard.score(p, y_select, 0.5, select.groups(), cfg.eval_resamples, cfg.seed)
+        s = scorecard.score(probability(logits.double()), y_select, 0.5, select.groups(), cfg.eval_resamples,
+                            cfg.seed)
         report[mode] = dict(mcc=s["metrics"]["mcc"], ci=s["ci"].get("mcc"), weights=weights.mean(0).tolist())
-    top = max(r["mcc"] for r in report.values())
-    chosen = cfg.phase4c_mode if cfg.phase4c_mode != "auto" else next(m for m in MODES if report[m]["mcc"] >= top - 0.002)
+    chosen = choose_fusion(report, cfg.phase4c_mode)
     untrained = max(MODES[1:6], key=lambda m: (report[m]["mcc"], -MODES.index(m)))
     tensors = {f"{mode}.{k}": v for mode, m in modules.items() for k, v in m.state_dict().items()}
     V, width = f_train[0].shape[1:]
-    bundle.save_tensors(paths.cvfm_weights, tensors, dict(mode=chosen, V=V, F=width, hidden=cfg.phase4c_hidden, latent=cfg.phase4c_latent))
+    bundle.save_tensors(paths.cvfm_weights, tensors,
+                        dict(mode=chosen, V=V, F=width, hidden=cfg.phase4c_hidden, latent=cfg.phase4c_latent))
     bundle.write_json(paths.cvfm_report, scorecard.rounded(dict(
         chosen=chosen, best_untrained=untrained, n=len(select), split="val_select", modes=report,
         rho=float(modules["trained"].rho.detach().sigmoid()))))
-    bundle.write_csv(paths.phase4c_dir / "metrics.csv", rows)
+    bundle.write_csv(paths.cvfm_metrics, rows)
     frozen = net.to(ddp.device)
-    calib = store.open("VAL_CALIB", "phase4c_cvfm", "infer_frozen", paths.cvfm_weights, sha256_file(paths.cvfm_weights), frozen)
+    calib = store.open("VAL_CALIB", "phase4c_cvfm", "infer_frozen", paths.cvfm_weights,
+                       sha256_file(paths.cvfm_weights), frozen)
     f_calib = infer(frozen, calib, cfg, ddp.device, views=True)
-    for samples, f, path in ((select, f_select, paths.val_select_fused), (calib, f_calib, paths.val_calib_fused)):
-        fused = {"logits": fuse_features(chosen, *f, net.cpu(), modules.get(chosen))[0]}
+    net = net.cpu()
+    for samples, f, path in ((select, f_select, paths.val_select_fused),
+                             (calib, f_calib, paths.val_calib_fused)):
+        fused = {"logits": fuse_features(chosen, *f, net, modules.get(chosen))[0]}
         if net.head_mac is not None:
             fused["logits_mac"] = fuse_features(chosen, *f, net, modules.get(chosen), mac=True)[0]
         save_logits(path, net, f[0], samples, fused)
-    return dict(cvfm_weights=paths.cvfm_weights, cvfm_report=paths.cvfm_report, metrics=paths.phase4c_dir / "metrics.csv",
-                val_calib_fused=paths.val_calib_fused, val_select_fused=paths.val_select_fused), dict(mode=chosen, mcc=report[chosen]["mcc"])
+    names = ("cvfm_weights", "cvfm_report", "cvfm_metrics", "val_calib_fused", "val_select_fused")
+    return {n: getattr(paths, n) for n in names}, dict(mode=chosen, mcc=report[chosen]["mcc"])
 
 
 # --- phase 5: calibration and guarantees -------------------------------------
 
 
 def run_phase5(job):
-    """CALIB_FIT picks and fits the calibrator and the cut; CALIB_CONF, untouched by that, gives the guarantees."""
+    """CALIB_FIT picks and fits the calibrator and the cut; CALIB_CONF, untouched by that, gives
+    guarantees."""
     cfg, _, paths, store, log = job
     fused = (paths.phase4c_dir / "manifest.json").is_file()
     calib, select = ((paths.val_calib_fused, paths.val_select_fused) if fused
@@ -889,33 +931,24 @@ def run_phase5(job):
     calibrate = CALIBRATORS[name]().fit(fit[source], fit["label"], fit["group"])
     p_fit, p_conf, p_select = (calibrate(z[source]) for z in (fit, conf, scores))
     tau = mcc_sweep(p_fit, fit["label"], cfg.phase2_n_thresholds, cfg.phase2_target_prior)["threshold"]
-    y, g = conf["label"], np.maximum(p_conf, 1 - p_conf)
-    chosen = conformal.scrc_thresholds(p_conf, y, conformal.tie_key(conf["id"]), cfg.phase5_xi, cfg.phase5_alpha)
-    confidence = np.maximum(p_select, 1 - p_select)
-    grid = sorted({float(np.quantile(confidence, 1 - c)) for c in np.arange(0.30, 1.0001, 0.05).clip(max=1)})
-    pac = conformal.pac_threshold(grid, g, (p_conf >= tau) != (y == 1), cfg.phase5_alpha, cfg.phase5_delta)
-    fnr = conformal.fnr_threshold(p_conf[y == 1], cfg.phase5_fnr_alpha)
-    before, after = binary_metrics(conf["prob"], y)(), binary_metrics(p_conf, y, tau)()
-    floor = calibration_noise_floor(p_conf, y, seed=cfg.seed)
-    metrics = {f"{k}_{when}": m[k] for k in ("ece", "brier", "nll", "mcc") for when, m in (("pre", before), ("post", after))}
-    metrics |= dict(ece_noise_mean=floor["mean"], ece_noise_p95=floor["p95"], ece_p_value=floor["p_value"])
-    gain = scorecard.paired((p_conf, tau), (conf["prob"], 0.5), y, conf["group"], max(cfg.eval_resamples, 200), cfg.seed)
-    metrics |= {f"{k}_gain_{end}": gain[k][end] for k in ("ece", "nll", "brier", "mcc") for end in ("diff", "lower", "upper")}
+    params = conformal.guarantees(
+        conf, p_conf, p_select, tau, xi=cfg.phase5_xi, alpha=cfg.phase5_alpha, delta=cfg.phase5_delta,
+        fnr_alpha=cfg.phase5_fnr_alpha, unit=cfg.phase5_unit, exchangeable=cfg.split_mode != "official_test")
+    params |= dict(calibrator=calibrate.to_json(), head="head_mac" if method == "mac_cal" else "head",
+                   decision_threshold=tau, tie_break="hash")
+    metrics = scorecard.rounded(scorecard.calibration_gain(conf, p_conf, tau, cfg.eval_resamples, cfg.seed))
     bundle.write_json(paths.scrc_params_json, dict(
-        schema="streetvision/policy@1", policy_type="scrc", metrics=scorecard.rounded(metrics),
-        scrc_params=dict(calibrator=calibrate.to_json(), head="head_mac" if method == "mac_cal" else "head",
-                         decision_threshold=tau, tie_break="hash", fnr=fnr, pac=pac,
-                         selection=dict(score="max_prob", **{k: chosen[k] for k in ("xi", "lambda1", "lambda1_tie", "k", "n")}),
-                         risk=dict(loss="miscoverage", alpha=cfg.phase5_alpha, lambda2=chosen["lambda2"], m=chosen["m"],
-                                   status=chosen["status"], guarantee="marginal_exact" if chosen["status"] == "ok" else "none")),
-        split_used="val_calib", n_fit=len(fit["label"]), n_conf=len(y), model_sha256=sha256_file(paths.model_best),
+        schema="streetvision/policy@1", policy_type="scrc", metrics=metrics, scrc_params=params,
+        split_used="val_calib", n_fit=len(fit["label"]), n_conf=len(conf["label"]),
+        model_sha256=sha256_file(paths.model_best),
         cvfm_sha256=sha256_file(paths.cvfm_weights) if fused else None,
         fusion_mode=bundle.read_json(paths.cvfm_report)["chosen"] if fused else "single_view"))
-    bundle.write_json(paths.calibration_summary, dict(chosen=method, split="val_calib/fit", methods=scorecard.rounded(rows)))
-    draw.save(plots.reliability_diagram(conf["prob"], p_conf, y), paths.reliability_plot)
+    bundle.write_json(paths.calibration_summary,
+                      dict(chosen=method, split="val_calib/fit", methods=scorecard.rounded(rows)))
+    draw.save(plots.reliability_diagram(conf["prob"], p_conf, conf["label"]), paths.reliability_plot)
     log("phase5", method=method, threshold=tau, **metrics)
-    return dict(scrc_params=paths.scrc_params_json, summary=paths.calibration_summary, plot=paths.reliability_plot), \
-        scorecard.rounded(dict(metrics, method_index=list(CALIBRATORS).index(name)))
+    return dict(scrc_params=paths.scrc_params_json, summary=paths.calibration_summary,
+                plot=paths.reliability_plot), dict(metrics, method=method)
 
 
 # --- phase 6: the bundle ---------------------------------------------------------
@@ -924,58 +957,24 @@ def run_phase5(job):
 def run_phase6(job):
     """Copy what prediction needs into export/, every file with its hash in bundle.json."""
     cfg, _, paths, store, _ = job
-    report = bundle.read_json(paths.cvfm_report) if paths.cvfm_report.is_file() else dict(chosen="single_view", best_untrained=None)
-    need = {"phase1 model": paths.model_best, "phase5 policy": paths.scrc_params_json, "splits": paths.splits_json}
-    need |= {"phase4c weights": paths.cvfm_weights} if report["chosen"] in fusion.TRAINED else {}
-    need |= {"DINOv3 licence text (--phase6-license)": Path(cfg.phase6_license or "?")} if cfg.model_weights else {}
-    if missing := [f"{name} ({path})" for name, path in need.items() if not path.is_file()]:
-        raise run.UserError("export needs " + ", ".join(missing))
-    out = paths.export_dir
-    out.mkdir(parents=True, exist_ok=True)
-    copies = {"model.safetensors": paths.model_best, "scrc_params.json": paths.scrc_params_json}
-    copies |= {"cvfm_weights.safetensors": paths.cvfm_weights} if paths.cvfm_weights.is_file() else {}
-    copies |= {"LICENSE_DINOv3.txt": Path(cfg.phase6_license)} if cfg.model_weights else {}
-    for name, path in copies.items():
-        write_atomic(out / name, path.read_bytes())
-    threshold = bundle.read_json(paths.thresholds_json)["threshold"] if paths.thresholds_json.is_file() else None
-    views = dict(source=cfg.phase4c_views, canvas=cfg.phase4c_canvas, grid=cfg.phase4c_grid, overlap=cfg.phase4c_overlap)
-    bundle.write_json(out / "model_config.json", dict(
-        schema="streetvision/model@1", size=cfg.model_size, image=cfg.model_image, preprocess=cfg.model_preprocess,
-        features=cfg.model_features, fusion_mode=report["chosen"], best_untrained=report["best_untrained"], views=views,
-        class_names=CLASSES, id2label=dict(enumerate(CLASSES)), raw_threshold=threshold))
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    bundle.write_json(out / "model_card.json", dict(
-        model_name=cfg.phase6_name, description=f"Roadwork classifier, DINOv3 {cfg.model_size}, fusion {report['chosen']}, "
-        "calibrated, with conformal sets", version=cfg.phase6_version, submitted_by=cfg.phase6_submitter, submission_time=stamp))
-    sha = {name: sha256_file(out / name) for name in (*copies, "model_config.json", "model_card.json")}
-    folders = {p: getattr(paths, STEPS[p].folder) / "manifest.json" for p in PHASES[:-1]}
-    bundle.write_json(paths.bundle_json, dict(
-        schema="streetvision/bundle@1", policy_type="scrc", version=cfg.phase6_version, created_at=stamp,
-        policy=dict(policy_type="scrc", path="scrc_params.json", sha256=sha["scrc_params.json"]),
-        model_checkpoint="model.safetensors", model_sha256=sha["model.safetensors"], model_config="model_config.json",
-        model_config_sha256=sha["model_config.json"], cvfm_sha256=sha.get("cvfm_weights.safetensors"),
-        cvfm_weights="cvfm_weights.safetensors" if "cvfm_weights.safetensors" in sha else None,
-        fusion_mode=report["chosen"], class_names=CLASSES, input_size=cfg.model_image, splits_sha256=store.sha256,
-        phase_manifests={p: sha256_file(f) for p, f in folders.items() if f.is_file()}))
-    if errors := bundle.bundle_errors(paths.bundle_json):
-        raise RuntimeError(f"the exported bundle is unsound: {errors}")
-    outputs = {name: out / name for name in (*sha, "bundle.json")}
-    if cfg.phase6_compress:
-        bundle.write_archive(paths.bundle_tar, out, [*sha, "bundle.json"])
-        outputs["bundle.tar.gz"] = paths.bundle_tar
-    return outputs, {}
+    config = facts(cfg, cfg.model_head, cfg.phase1_mac_cal) | dict(views=views_of(cfg), class_names=CLASSES)
+    card = dict(model_name=cfg.phase6_name, version=cfg.phase6_version, submitted_by=cfg.phase6_submitter)
+    manifests = {p: getattr(paths, STEPS[p].folder) / "manifest.json" for p in PHASES[:-1]}
+    return export.write_bundle(
+        paths, store.sha256, manifests, config=config, card=card, trained_on_weights=bool(cfg.model_weights),
+        license=cfg.phase6_license, compress=cfg.phase6_compress, probes=cfg.phase6_probes), {}
 
 
 # --- evaluate ------------------------------------------------------------
 
 
 def RoadworkPredictor(path, device="cpu"):
-    """A bundle, ready: predictor(image) -> the float to return; predictor.explain(image) -> what is behind it."""
+    """A bundle, ready: predictor(image) -> the float to return; .explain(image) -> what is behind it."""
     return serving.Predictor(path, load_model, device)
 
 
 def evaluate(cfg):
-    """Open VAL_TEST once, with nothing but the bundle: every fusion mode under every policy, intervals, plots, report."""
+    """Open VAL_TEST once, with nothing but the bundle: modes, policies, intervals, plots, report."""
     path, cfg = bundle_path(cfg)
     ddp, paths = run.init(cfg.device), Paths(cfg.out)
     predictor = RoadworkPredictor(path, ddp.device)
@@ -986,17 +985,12 @@ def evaluate(cfg):
     test = store.open("VAL_TEST", "evaluate", "report")
     report = testreport.report(predictor, test, paths.evaluation_dir, store.data, quick=cfg.mode == "quick",
                                resamples=cfg.eval_resamples, windows=cfg.eval_windows, seed=cfg.seed,
-                               bundle_sha256=sha256_file(path), warning=store.splits["warning"])
-    best = report["results"]["bundle"]["scrc"]
+                               level=cfg.eval_confidence, bundle_sha256=sha256_file(path),
+                               warning=store.splits["warning"])
     if Path(paths.run, "log.jsonl").is_file():
-        run.record(paths.run, "eval", n=len(test), n_groups=report["n_groups"], **best["metrics"])
-    ends = best["ci"].get("mcc")
-    print(f"VAL_TEST  MCC {best['metrics']['mcc']:.3f}" + (f" [{ends['lower']:.3f}, {ends['upper']:.3f}]" if ends else "")
-          + f"  n {len(test)}  groups {report['n_groups']}  fusion {report['fusion_mode']}  -> {paths.evaluation_report_json}")
-    for name, d in report["paired"].items():
-        d = d["mcc"]
-        print(f"  {name:<42} MCC {d['diff']:+.3f} [{d['lower']:+.3f}, {d['upper']:+.3f}]"
-              + ("" if d["supported"] else "  not supported"))
+        run.record(paths.run, "eval", n=len(test), n_groups=report["n_groups"],
+                   **report["results"]["bundle"]["scrc"]["metrics"])
+    print(testreport.summary(report, paths.evaluation_report_json))
     return report
 
 
@@ -1005,30 +999,22 @@ def evaluate(cfg):
 
 TRAINED_ON = "data_ model_ source_ hardware_precision"
 STEPS = {"phase4a_explora": Step(run_phase4a, "phase4a_dir", f"{TRAINED_ON} phase4a_", all_ranks=True),
-         "phase1": Step(run_phase1, "phase1_dir", f"{TRAINED_ON} phase1_ peft_", (), ("explora_checkpoint",), True),
+         "phase1": Step(run_phase1, "phase1_dir", f"{TRAINED_ON} phase1_ peft_", (), ("explora_checkpoint",),
+                        True),
          "phase2": Step(run_phase2, "phase2_dir", "phase2_", ("model_best", "val_calib_logits")),
-         "phase4c_cvfm": Step(run_phase4c, "phase4c_dir", "model_ phase4c_ hardware_precision", ("model_best",)),
-         "phase5": Step(run_phase5, "phase5_dir", "phase2_ phase5_", ("model_best", "val_calib_logits"),
+         "phase4c_cvfm": Step(run_phase4c, "phase4c_dir", "model_ phase4c_ hardware_precision",
+                              ("model_best",)),
+         "phase5": Step(run_phase5, "phase5_dir", "phase2_ phase5_ split_mode",
+                        ("model_best", "val_calib_logits"),
                         ("val_calib_fused", "cvfm_report")),
-         "phase6": Step(run_phase6, "export_dir", "phase4c_ phase6_ model_", ("model_best", "scrc_params_json"),
+         "phase6": Step(run_phase6, "export_dir", "phase4c_ phase6_ model_",
+                        ("model_best", "scrc_params_json"),
                         ("cvfm_weights", "thresholds_json"))}
 
 
-def data_folder(cfg):
-    """--data, or OUT/data drawn on first use."""
-    if cfg.data:
-        return Path(cfg.data)
-    if cfg.model_weights:
-        raise run.UserError("--data is missing: a folder with index.jsonl, labels.json or class folders")
-    out = Path(cfg.out, "data")
-    if not (out / "index.jsonl").is_file():
-        streets.write(out, cfg.scenes, cfg.frames, cfg.size, cfg.seed, cfg.prior, cfg.shift_scenes)
-    return out
-
-
 def train(cfg):
-    """The requested phases in run-time order; what is complete and unchanged is skipped.  Presets that draw their own
-    data end with the evaluation."""
+    """The requested phases in run-time order; what is complete and unchanged is skipped.  Presets that draw
+    their own data end with the evaluation."""
     wanted = pipeline.wanted_phases(cfg.phases, STEPS)
     if not 0 < cfg.phase4a_temperature <= 1:
         raise run.UserError(f"--phase4a-temperature must be in (0, 1], not {cfg.phase4a_temperature}")
@@ -1044,33 +1030,6 @@ def train(cfg):
     if ddp.rank == 0 and not cfg.data and not cfg.phases:
         evaluate(cfg)
     log.finish()
-
-
-def splits(cfg):
-    """Assign every group to a split, once; later runs keep splits.json."""
-    data, paths = data_folder(cfg), Paths(cfg.out)
-    if paths.splits_json.is_file():
-        return
-    rows = read_index(data)
-    joined = merge_duplicates(rows, data) if cfg.data_near_duplicates else 0
-    found = write_splits(rows, cfg.out, cfg.split_mode)
-    print(f"splits  {found['counts']}  salt {found['salt']}  groups joined {joined}  groups in two splits {len(leaks(found))}")
-    if found["warning"]:
-        print(f"splits  {found['warning']}", file=sys.stderr)
-
-
-def demo_data(cfg):
-    """Draw the demo data set into --out."""
-    print(streets.write(cfg.out, cfg.scenes, cfg.frames, cfg.size, cfg.seed, cfg.prior, cfg.shift_scenes))
-
-
-def bundle_path(cfg):
-    """(bundle.json, cfg with its run directory as --out)."""
-    if not cfg.bundle:
-        return Paths(cfg.out).bundle_json, cfg
-    path = Path(cfg.bundle)
-    home = path.resolve().parent.parent
-    return path, dataclasses.replace(cfg, out=str(home)) if (home / "splits.json").is_file() else cfg
 
 
 def predict(cfg):
@@ -1095,43 +1054,6 @@ def sample(cfg):
     print(Path(cfg.out, "samples/predictions.png"))
 
 
-def validate(cfg):
-    """Check bundles, policies and archives; the first fault is the error."""
-    for path in cfg.words or (str(bundle_path(cfg)[0]),):
-        print(f"{path}: sound {bundle.check(path)}")
-
-
-def show_config(cfg):
-    """The effective configuration as JSON, grouped by prefix."""
-    groups = {f.name.partition("_")[0] for f in dataclasses.fields(cfg) if "_" in f.name} - {"split", "shift"}
-    print(json.dumps(pipeline.grouped(cfg, groups), indent=2, sort_keys=True))
-
-
-def ablate(cfg):
-    """What one idea is worth on VAL_SELECT: paired group-bootstrap difference of MCC -> ablation.json."""
-    base, result = Paths(cfg.out), {}
-    if cfg.what in ("cvfm", "calibration"):
-        report = bundle.read_json(base.cvfm_report if cfg.what == "cvfm" else base.calibration_summary)
-        result = report["modes"] if cfg.what == "cvfm" else {r["method"]: r for r in report["methods"]}
-    else:
-        sets = {"explora": dict(model_init_from_explora=(True, False)),
-                "augment": dict(data_augment=("strong", "basic"))}[cfg.what]
-        (field, (new, old)), = sets.items()
-        for seed in range(cfg.seed, cfg.seed + 3):
-            prob = []
-            for value in (new, old):
-                sub = dataclasses.replace(cfg, seed=seed, out=str(Path(cfg.out, "ablate", f"{cfg.what}_{seed}_{value}")),
-                                          data=str(data_folder(cfg)), phases="phase4a_explora,phase1" if value is True else "phase1",
-                                          preset="", **{field: value})
-                train(sub)
-                z = read_logits(Paths(sub.out).val_select_logits)
-                prob.append((z["prob"], 0.5))
-            d = scorecard.paired(*prob, z["label"], z["group"], max(cfg.eval_resamples, 200), cfg.seed)["mcc"]
-            result[str(seed)] = dict(d, n=len(z["label"]))
-    bundle.write_json(Path(cfg.out, "ablation.json"), {cfg.what: result})
-    print(json.dumps({cfg.what: result}, indent=1))
-
-
 def plan(cfg):
     """Size and cost of phase 1 without allocating the model."""
     with torch.device("meta"):
@@ -1149,8 +1071,21 @@ def plan(cfg):
                              disk_gb=round((16 * params + 8 * params) / 1e9, 3), hours_at_mfu=None))
 
 
-COMMANDS = {"run": train, "train": train, "evaluate": evaluate, "predict": predict, "sample": sample, "splits": splits,
-            "demo-data": demo_data, "validate": validate, "config": show_config, "doctor": pipeline.doctor, "ablate": ablate, "plan": plan}
+def ablate(cfg):
+    """What one idea is worth on VAL_SELECT, as a paired difference -> ablation.json."""
+    print(json.dumps({cfg.what: ablation.ablate(cfg, train, data_folder(cfg))}, indent=1))
+
+
+def bench(cfg):
+    """Time of a training step and of a forward pass: eager float32, eager at --hardware-precision,
+    compiled."""
+    print(speed.table(speed.bench(cfg, lambda: build(cfg, ViT.sized(cfg.model_size)),
+                                  run.init(cfg.device).device)))
+
+
+COMMANDS = {"run": train, "train": train, "evaluate": evaluate, "predict": predict, "sample": sample,
+            "splits": splits, "demo-data": demo_data, "validate": validate, "config": show_config,
+            "doctor": pipeline.doctor, "ablate": ablate, "bench": bench, "plan": plan}
 
 if __name__ == "__main__":
     try:

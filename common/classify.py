@@ -44,14 +44,14 @@ def mcc_at_prior(tpr, tnr, prior=0.5):
     return (tpr + tnr - 1) * np.sqrt(_ratio(prior * (1 - prior), predicted * (1 - predicted)))
 
 
-def mcc_sweep(prob_N, label_N, n_thresholds=5000, prior=None):
+def mcc_sweep(prob_N, label_N, n_thresholds=5000, prior=None, grid_T=None):
     """MCC of "prob >= t" at every t of linspace(0, 1, n_thresholds) -> dict.
 
     threshold, mcc, index       the best: the middle of the longest run of thresholds within 1e-12 of it
     curve                       record array [T] with fields threshold, mcc, tp, tn, fp, fn
     exact_threshold, exact_mcc  the best of all cuts (midpoints of distinct scores); a grid misses it when
                                 scores crowd near 0 or 1
-    prior: maximise the MCC at this share of positives instead of the sample's.
+    prior: maximise the MCC at this share of positives instead of the sample's.  grid_T: other thresholds.
     """
     prob, label = _check(prob_N, label_N)
     positive, negative = np.sort(prob[label]), np.sort(prob[~label])
@@ -64,7 +64,7 @@ def mcc_sweep(prob_N, label_N, n_thresholds=5000, prior=None):
             mcc_at_prior(_ratio(tp, len(positive)), _ratio(tn, len(negative)), prior)
         return np.rec.fromarrays([threshold, value, tp, tn, fp, fn], names="threshold,mcc,tp,tn,fp,fn")
 
-    curve = at(np.linspace(0, 1, n_thresholds))
+    curve = at(np.linspace(0, 1, n_thresholds) if grid_T is None else np.asarray(grid_T, np.float64))
     best = np.flatnonzero(curve.mcc >= curve.mcc.max() - 1e-12)
     run = max(np.split(best, np.flatnonzero(np.diff(best) > 1) + 1), key=len)
     index = int(run[(len(run) - 1) // 2])

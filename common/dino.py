@@ -21,7 +21,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def rope_table(rows, cols, head_dim, theta=100., stretch=1.):
-    """cos and sin [rows * cols, head_dim] of the patch centres, each axis scaled to [-1, 1] and by stretch."""
+    """cos and sin [rows * cols, head_dim] of the patch centres, each axis scaled to [-1, 1] and by
+    stretch."""
     y, x = ((torch.arange(n) + 0.5) / n * 2 - 1 for n in (rows, cols))
     at_P2 = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1) * stretch
     frequency = theta ** -torch.arange(0, 1, 4 / head_dim)                       # K / 4 of them
@@ -30,10 +31,14 @@ def rope_table(rows, cols, head_dim, theta=100., stretch=1.):
 
 
 def rotate(t_BHLK, cos_PK, sin_PK):
-    """Rotary embedding of the last P tokens; class and register tokens have no place."""
-    head, patch = t_BHLK.split([t_BHLK.shape[2] - len(cos_PK), len(cos_PK)], 2)
-    first, second = patch.chunk(2, -1)
-    return torch.cat([head, patch * cos_PK + torch.cat([-second, first], -1) * sin_PK], 2)
+    """Rotary embedding t cos + [-second half, first half] sin of the last P tokens; class and register tokens
+    have no place.  Written as two passes over t: the sign sits in the table, the halves change places by roll.
+    """
+    skip, half = t_BHLK.shape[2] - len(cos_PK), cos_PK.shape[1] // 2
+    sin_PK = torch.cat([-sin_PK[:, :half], sin_PK[:, half:]], 1)
+    if skip:
+        cos_PK, sin_PK = F.pad(cos_PK, (0, 0, skip, 0), value=1.0), F.pad(sin_PK, (0, 0, skip, 0))
+    return torch.addcmul(t_BHLK * cos_PK, t_BHLK.roll(half, -1), sin_PK)
 
 
 class Block(nn.Module):
@@ -56,26 +61,46 @@ class Block(nn.Module):
         q, k, v = (a[name](h_BLD).unflatten(2, (self.heads, -1)).transpose(1, 2)
                    for name in ("q_proj", "k_proj", "v_proj"))
         h_BHLK = F.scaled_dot_product_attention(rotate(q, cos_PK, sin_PK), rotate(k, cos_PK, sin_PK), v)
-        x_BLD = x_BLD + self.layer_scale1["lambda1"] * a["o_proj"](h_BHLK.transpose(1, 2).flatten(2))
+        h_BLD = a["o_proj"](h_BHLK.transpose(1, 2).flatten(2))
+        x_BLD = torch.addcmul(x_BLD, self.layer_scale1["lambda1"], h_BLD)
         h_BLD = self.norm2(x_BLD)
         up = m["up_proj"](h_BLD)
         up = F.silu(m["gate_proj"](h_BLD)) * up if "gate_proj" in m else F.gelu(up)
-        return x_BLD + self.layer_scale2["lambda1"] * m["down_proj"](up)
+        return torch.addcmul(x_BLD, self.layer_scale2["lambda1"], m["down_proj"](up))
 
 
-class DinoV3(nn.Module):
-    """net(uint8_BCHW) -> class token [B, D] after the final norm, of the image resized to side x side."""
+class Backbone(nn.Module):
+    """Patches, class and register tokens through the blocks; parameters named as in Hugging Face files."""
 
-    def __init__(self, D, depth, heads, hidden, gated=False, patch=16, registers=4, eps=1e-5, theta=100.,
-                 side=224):
+    def __init__(self, D, depth, heads, hidden, gated=False, patch=16, registers=4, eps=1e-5, theta=100.):
         super().__init__()
-        self.patch, self.head_dim, self.theta, self.side = patch, D // heads, theta, side
+        self.D, self.heads, self.patch, self.theta = D, heads, patch, theta
         self.embeddings = nn.Module()
         self.embeddings.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.embeddings.register_tokens = nn.Parameter(torch.zeros(1, registers, D))
         self.embeddings.patch_embeddings = nn.Conv2d(3, D, patch, patch)
         self.layer = nn.ModuleList(Block(D, heads, hidden, gated, eps) for _ in range(depth))
         self.norm = nn.LayerNorm(D, eps)
+
+    def tokens(self, x_BCHW, stretch=1.):
+        """Preprocessed images -> all tokens [B, L, D] after the final norm; stretch scales the positions."""
+        x_BDhw = self.embeddings.patch_embeddings(x_BCHW)
+        rope = rope_table(*x_BDhw.shape[2:], self.D // self.heads, self.theta, stretch)
+        rope = [t.to(x_BDhw) for t in rope]
+        e, B = self.embeddings, len(x_BCHW)
+        x_BLD = torch.cat([e.cls_token.expand(B, -1, -1), e.register_tokens.expand(B, -1, -1),
+                           x_BDhw.flatten(2).mT], 1)
+        for block in self.layer:
+            x_BLD = block(x_BLD, *rope)
+        return self.norm(x_BLD)
+
+
+class DinoV3(Backbone):
+    """net(uint8_BCHW) -> class token [B, D] after the final norm, of the image resized to side x side."""
+
+    def __init__(self, *sizes, side=224, **more):
+        super().__init__(*sizes, **more)
+        self.side = side
         self.eval().requires_grad_(False)
 
     @classmethod
@@ -102,7 +127,7 @@ class DinoV3(nn.Module):
         depth = len({k.split(".")[1] for k in state if k.startswith("layer.")})
         net = cls(D, depth, config.get("num_attention_heads", D // 64), hidden,
                   "layer.0.mlp.gate_proj.weight" in state, patch, registers,
-                  config.get("layer_norm_eps", 1e-5), config.get("rope_theta", 100.), side)
+                  config.get("layer_norm_eps", 1e-5), config.get("rope_theta", 100.), side=side)
         missing, unexpected = net.load_state_dict(state, strict=False)
         if missing or unexpected:
             raise ValueError(f"{path} is no DINOv3: missing {missing[:3]}, unexpected {unexpected[:3]}")
@@ -116,17 +141,6 @@ class DinoV3(nn.Module):
         x = F.interpolate(x, (self.side, self.side), mode="bilinear", align_corners=False, antialias=True)
         mean, std = (x.new_tensor(v)[:, None, None] for v in (MEAN, STD))
         return (x - mean) / std
-
-    def tokens(self, x_BCHW):
-        """Preprocessed images -> all tokens [B, L, D] after the final norm."""
-        x_BDhw = self.embeddings.patch_embeddings(x_BCHW)
-        rope = [t.to(x_BDhw) for t in rope_table(*x_BDhw.shape[2:], self.head_dim, self.theta)]
-        e, B = self.embeddings, len(x_BCHW)
-        x_BLD = torch.cat([e.cls_token.expand(B, -1, -1), e.register_tokens.expand(B, -1, -1),
-                           x_BDhw.flatten(2).mT], 1)
-        for block in self.layer:
-            x_BLD = block(x_BLD, *rope)
-        return self.norm(x_BLD)
 
     def forward(self, image_BCHW):
         return self.tokens(self.preprocess(image_BCHW))[:, 0]

@@ -1,4 +1,5 @@
-"""streetvision.py and its common files: laws, simulations of the guarantees, leakage, and one tiny run of all phases."""
+"""streetvision.py and its common files: laws, simulations of the guarantees, leakage, and one tiny run of all
+phases."""
 
 import dataclasses
 import inspect
@@ -25,11 +26,13 @@ from common import run
 from common.street import (adapters, augment, bundle, conformal, fusion, pipeline, selfsup, serving, splits,
                            streets, subnet, views)
 from common.classify import binary_metrics
+from common.street.calibrate import retention
 
 ROOT = Path(sv.__file__).parent
 torch.set_num_threads(1)
 TINY = dict(sv.PRESETS["smoke"]["set"], scenes=40, size=64, shift_scenes=3, source_steps=3, phase4a_epochs=1,
-            phase4a_batch=16, phase4a_accumulate=2, phase1_epochs=2, phase1_batch=64, phase4c_epochs=1, phase2_n_thresholds=101,
+            phase4a_batch=16, phase4a_accumulate=2, phase1_epochs=2, phase1_batch=64, phase4c_epochs=1,
+            phase2_n_thresholds=101,
             eval_resamples=60, eval_windows=20, phase6_compress=True)
 
 
@@ -64,9 +67,11 @@ def done(data, tmp_path_factory):
 def shas(folder):
     """sha256 of every artifact of phases 4a to 6 but those with timestamps in them."""
     skip = {"manifest.json", "bundle.json", "bundle.tar.gz", "model_card.json"}
-    folders = [Path(folder, n) for n in ("phase4a_explora", "phase1", "phase2", "phase4c_cvfm", "phase5_scrc", "export")]
+    folders = [Path(folder, n) for n in ("phase4a_explora", "phase1", "phase2", "phase4c_cvfm", "phase5_scrc",
+                                         "export")]
     return {str(p.relative_to(folder)): splits.sha256_file(p) for f in folders for p in sorted(f.rglob("*"))
-            if p.is_file() and p.name not in skip and p != Path(folder, "phase1", "metrics.csv")}      # holds seconds
+            # holds seconds
+            if p.is_file() and p.name not in skip and p != Path(folder, "phase1", "metrics.csv")}
 
 
 def test_full_pipeline_leaves_every_artifact(done):
@@ -75,7 +80,8 @@ def test_full_pipeline_leaves_every_artifact(done):
         if name not in ("gate_json", "peft_adapters", "explora_lora"):       # made by other settings
             assert getattr(paths, name).exists(), name
     plots = {p.name for p in paths.evaluation_dir.glob("*.png")}
-    assert plots == {"roc_curve.png", "pr_curve.png", "confusion_matrix.png", "reliability_diagram.png", "risk_coverage.png"}
+    assert plots == {"roc_curve.png", "pr_curve.png", "confusion_matrix.png", "reliability_diagram.png",
+                     "risk_coverage.png"}
     for p in [*paths.evaluation_dir.glob("*.png"), paths.mcc_curve_plot, paths.reliability_plot]:
         image = np.asarray(Image.open(p))
         assert image.std() > 5 and min(image.shape[:2]) > 200
@@ -89,7 +95,8 @@ def test_manifest_names_commit_inputs_and_outputs_by_hash(done):
         assert m["outputs"] and "splits" in m["inputs"]
         for fact in m["outputs"].values():
             assert splits.sha256_file(getattr(paths, step.folder) / fact["path"]) == fact["sha256"]
-    assert m["splits"] == {}                                                 # the export opens no split at all
+    # the export opens no split at all
+    assert m["splits"] == {}
 
 
 def test_sweep_csv_has_the_header_and_a_row_per_threshold(done):
@@ -102,7 +109,8 @@ def test_report_has_intervals_and_paired_differences(done):
     assert set(r["results"]) == {"single_view", "multiview_mean", "cvfm_inference", "cvfm_trained", "bundle"}
     cell = r["results"]["bundle"]["scrc"]
     assert cell["ci"]["mcc"]["lower"] <= cell["metrics"]["mcc"] <= cell["ci"]["mcc"]["upper"]
-    assert len(r["paired"]) == 4 and all({"diff", "lower", "upper", "supported"} <= set(d["mcc"]) for d in r["paired"].values())
+    assert len(r["paired"]) == 4 and all({"diff", "lower", "upper", "supported"} <= set(d["mcc"])
+                                         for d in r["paired"].values())
     assert r["bootstrap"]["unit"] == "group" and r["leakage_check"] == "pass"
     assert {s["slice"] for s in r["slices"]} >= {"perturb_level", "shift"}
     c = cell["counts"]
@@ -125,7 +133,8 @@ def test_evaluation_needs_nothing_of_the_phases(done, tmp_path):
     home.mkdir()
     shutil.copytree(paths.export_dir, home / "export")
     shutil.copy(paths.splits_json, home)
-    report = sv.evaluate(dataclasses.replace(cfg, out="elsewhere", bundle=str(home / "export" / "bundle.json"), mode="quick"))
+    report = sv.evaluate(dataclasses.replace(cfg, out="elsewhere",
+                                             bundle=str(home / "export" / "bundle.json"), mode="quick"))
     whole = json.loads(paths.evaluation_report_json.read_text())
     assert report["results"]["bundle"]["scrc"]["metrics"] == whole["results"]["bundle"]["scrc"]["metrics"]
 
@@ -135,7 +144,8 @@ def test_complete_phases_are_skipped_and_damage_is_noticed(done, tmp_path):
     home = shutil.copytree(paths.run, tmp_path / "again")
     (home / ".lock").unlink(missing_ok=True)
     cfg, p = dataclasses.replace(cfg, out=str(home)), sv.Paths(str(home))
-    times = lambda: {k: (getattr(p, s.folder) / "manifest.json").stat().st_mtime_ns for k, s in sv.STEPS.items()}
+    times = lambda: {k: (getattr(p, s.folder) / "manifest.json").stat().st_mtime_ns
+                     for k, s in sv.STEPS.items()}
     old = times()
     sv.train(cfg)
     assert times() == old
@@ -172,10 +182,12 @@ def test_moved_bundle_predicts_bit_identically_and_as_the_pipeline_did(done, dat
     for k, name in enumerate(list(rows)[:3]):
         image = Image.open(data / name)
         assert a(image) == b(image)
-        context = [Image.open(p) for p in sorted((data / "images").glob(name[7:13] + "_*")) if p.name != name[7:]]
+        context = [Image.open(p) for p in sorted((data / "images").glob(name[7:13] + "_*"))
+                   if p.name != name[7:]]
         assert a.explain(image, context)["p_out"] == pytest.approx(float(rows[name][6]), abs=1e-5)
     out = a.explain(image)
-    assert (out["p_out"] > 0.5) == bool(out["pred"]) and out["set"] and sum(out["weights"]) == pytest.approx(1)
+    assert (out["p_out"] > 0.5) == bool(out["pred"])
+    assert out["set"] and sum(out["weights"]) == pytest.approx(1)
 
 
 def fails(path, text):
@@ -213,7 +225,8 @@ def test_damaged_bundles_are_refused_with_one_line(done, tmp_path):
 
 def test_policy_checker_reads_types_and_ranges(tmp_path):
     path = tmp_path / "p.json"
-    for value, text in (({"policy_type": "magic"}, "none of"), ({"policy_type": "threshold"}, "without threshold"),
+    for value, text in (({"policy_type": "magic"}, "none of"),
+                        ({"policy_type": "threshold"}, "without threshold"),
                         ({"policy_type": "threshold", "threshold": 1.5}, "outside"),
                         ({"policy_type": "threshold", "threshold": True}, "finite"),
                         ({"policy_type": "scrc", "scrc_params": {}}, "without calibrator")):
@@ -231,8 +244,10 @@ def test_archives_are_deterministic_and_refuse_to_climb_out(done, tmp_path):
     for name in ("a", "b"):
         bundle.write_archive(tmp_path / f"{name}.tar.gz", root, names[::1 if name == "a" else -1])
     assert (tmp_path / "a.tar.gz").read_bytes() == (tmp_path / "b.tar.gz").read_bytes()
-    assert bundle.extract(done[1].bundle_tar, tmp_path / "out") and bundle.check(tmp_path / "out" / "bundle.json") == "bundle"
-    for k, (name, kind) in enumerate((("../evil", tarfile.REGTYPE), ("/evil", tarfile.REGTYPE), ("link", tarfile.SYMTYPE))):
+    assert bundle.extract(done[1].bundle_tar, tmp_path / "out")
+    assert bundle.check(tmp_path / "out" / "bundle.json") == "bundle"
+    for k, (name, kind) in enumerate((("../evil", tarfile.REGTYPE), ("/evil", tarfile.REGTYPE),
+                                      ("link", tarfile.SYMTYPE))):
         bad = tmp_path / f"bad{k}.tar.gz"
         with tarfile.open(bad, "w:gz") as tar:
             info = tarfile.TarInfo(name)
@@ -285,7 +300,8 @@ def poisoned(data, paths, tmp_path, which, seed=0):
     (new / "index.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     home = tmp_path / "run"
     home.mkdir()
-    shutil.copy(paths.splits_json, home)                 # the salt search may look at class counts; not what is tested
+    # the salt search may look at class counts; not what is tested
+    shutil.copy(paths.splits_json, home)
     return new, home
 
 
@@ -299,7 +315,8 @@ def test_poison_val_calib_changes_only_what_is_fitted_on_it(data, done, tmp_path
     new, home = poisoned(data, done[1], tmp_path, "VAL_CALIB")
     sv.train(config(home, new))
     a, b = shas(home), shas(done[1].run)
-    same = ("explora_checkpoint", "model_best", "model_last", "model_ema", "cvfm_weights", "export/model.safetensors")
+    same = ("explora_checkpoint", "model_best", "model_last", "model_ema", "cvfm_weights",
+            "export/model.safetensors")
     assert all(a[k] == b[k] for k in a if any(s in k for s in same))
     assert a["phase5_scrc/scrc_params.json"] != b["phase5_scrc/scrc_params.json"]
     assert a["phase2/threshold_sweep.csv"] != b["phase2/threshold_sweep.csv"]
@@ -351,7 +368,8 @@ def test_calibration_images_open_only_for_a_frozen_model(done, data, tmp_path):
 
 
 def rows_of(groups, frames=3):
-    return [dict(id=f"{g}_{k}", path=f"{g}_{k}", label=int(g % 2), group=f"g{g}") for g in range(groups) for k in range(frames)]
+    return [dict(id=f"{g}_{k}", path=f"{g}_{k}", label=int(g % 2), group=f"g{g}") for g in range(groups)
+            for k in range(frames)]
 
 
 def test_splits_are_by_group_stable_under_growth_and_near_their_shares():
@@ -359,14 +377,16 @@ def test_splits_are_by_group_stable_under_growth_and_near_their_shares():
     assert not splits.leaks(a) and len(a["split"]) == 1200
     assert a == splits.make_splits(rows_of(400)) and a["salt"] == b["salt"] == "0"
     assert all(b["split"][k] == v for k, v in a["split"].items())
-    for name, share in splits.SHARES.items():                                # 4 binomial standard errors of 400 groups
+    # 4 binomial standard errors of 400 groups
+    for name, share in splits.SHARES.items():
         assert abs(a["counts"][name] / 1200 - share) < 4 * math.sqrt(share * (1 - share) / 400)
     assert len(splits.leaks(splits.make_splits(rows_of(400), "image"))) > 100
 
 
 def test_near_duplicates_join_groups(tmp_path):
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(np.kron(rng.integers(0, 255, (8, 9, 3)), np.ones((8, 8, 1))).astype(np.uint8)) for _ in range(6)]
+    images = [Image.fromarray(np.kron(rng.integers(0, 255, (8, 9, 3)), np.ones((8, 8, 1))).astype(np.uint8))
+              for _ in range(6)]
     images.append(images[0].point(lambda v: min(v + 3, 255)))                # the first, a little brighter
     rows = []
     for k, im in enumerate(images):
@@ -427,20 +447,25 @@ def test_vit_reads_its_own_file_under_both_prefixes_and_lists_every_fault(tmp_pa
     run.save_weights(tmp_path / "w.safetensors", state, {})
     with pytest.raises(run.UserError) as caught:
         sv.ViT.load(tmp_path / "w.safetensors", 2)
-    assert all(word in str(caught.value) for word in ("missing norm.bias", "unexpected extra", "norm.weight is (3,)"))
+    assert all(word in str(caught.value) for word in ("missing norm.bias", "unexpected extra",
+                                                      "norm.weight is (3,)"))
 
 
 def test_metas_own_files_convert_to_the_same_network(tmp_path):
     vit, x = tiny_vit().eval(), torch.randn(1, 3, 16, 16)
     s, out = vit.state_dict(), {}
     for k, v in s.items():
-        k = k.replace("layer.", "blocks.").replace("layer_scale1.lambda1", "ls1.gamma").replace("layer_scale2.lambda1", "ls2.gamma")
-        k = k.replace("mlp.up_proj", "mlp.fc1").replace("mlp.down_proj", "mlp.fc2").replace("attention.o_proj", "attn.proj")
-        k = k.replace("embeddings.patch_embeddings", "patch_embed.proj").replace("embeddings.register_tokens", "storage_tokens")
+        k = k.replace("layer.", "blocks.").replace("layer_scale1.lambda1",
+                                                   "ls1.gamma").replace("layer_scale2.lambda1", "ls2.gamma")
+        k = k.replace("mlp.up_proj", "mlp.fc1").replace("mlp.down_proj",
+                                                        "mlp.fc2").replace("attention.o_proj", "attn.proj")
+        k = k.replace("embeddings.patch_embeddings",
+                      "patch_embed.proj").replace("embeddings.register_tokens", "storage_tokens")
         out[k.replace("embeddings.", "")] = v
     for n in range(2):
         qkv = [out.pop(f"blocks.{n}.attention.{c}_proj.weight") for c in "qkv"]
-        bias = [out.pop(f"blocks.{n}.attention.q_proj.bias"), torch.full((32,), 9.0), out.pop(f"blocks.{n}.attention.v_proj.bias")]
+        bias = [out.pop(f"blocks.{n}.attention.q_proj.bias"), torch.full((32,), 9.0),
+                out.pop(f"blocks.{n}.attention.v_proj.bias")]
         out |= {f"blocks.{n}.attn.qkv.weight": torch.cat(qkv), f"blocks.{n}.attn.qkv.bias": torch.cat(bias),
                 f"blocks.{n}.attn.qkv.bias_mask": torch.ones(96)}
     out["mask_token"], out["rope_embed.periods"] = out["mask_token"][0], torch.ones(4)
@@ -456,7 +481,8 @@ def test_positions_stretch_only_in_training():
         assert torch.equal(vit.eval()(x)["cls"], vit(x)["cls"])
 
 
-@pytest.mark.parametrize("kind, rslora, init", list(itertools.product(("lora", "dora"), (False, True), ("default", "gaussian", "pissa"))))
+@pytest.mark.parametrize("kind, rslora, init", list(itertools.product(("lora", "dora"), (False, True),
+                                                                      ("default", "gaussian", "pissa"))))
 def test_adapters_start_neutral_follow_their_equation_and_merge(kind, rslora, init):
     torch.manual_seed(1)
     plain = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(24, 16)})
@@ -481,7 +507,8 @@ def test_adapters_start_neutral_follow_their_equation_and_merge(kind, rslora, in
     adapters.apply_adapters(original, tensors, meta)
     sv.merge(net)
     assert type(net["q_proj"]) is torch.nn.Linear and net["q_proj"].weight.requires_grad
-    assert torch.allclose(net["q_proj"](x), want, atol=1e-5) and torch.allclose(original["q_proj"](x), want, atol=1e-5)
+    assert torch.allclose(net["q_proj"](x), want,
+                          atol=1e-5) and torch.allclose(original["q_proj"](x), want, atol=1e-5)
 
 
 def test_pissa_takes_the_leading_directions_out_and_only_adapters_learn():
@@ -490,7 +517,8 @@ def test_pissa_takes_the_leading_directions_out_and_only_adapters_learn():
     sv.adapt(vit, "lora", 4, 4.0, init="pissa", targets=("q",), blocks=[1])
     left = torch.linalg.svdvals(vit.layer[1].attention["q_proj"].weight)
     assert torch.allclose(left[0], torch.linalg.svdvals(W)[4], rtol=1e-4)
-    assert [n for n, p in vit.named_parameters() if p.requires_grad] == ["layer.1.attention.q_proj.A", "layer.1.attention.q_proj.B"]
+    assert [n for n, p in vit.named_parameters()
+            if p.requires_grad] == ["layer.1.attention.q_proj.A", "layer.1.attention.q_proj.B"]
     with pytest.raises(ValueError, match="layer"):
         sv.adapt(tiny_vit(), targets=("layer",))
 
@@ -514,22 +542,27 @@ def test_nt_xent_equals_a_loop():
     torch.manual_seed(0)
     z1, z2, T = torch.randn(5, 8), torch.randn(5, 8), 0.3
     z = [v / v.norm() for v in torch.cat([z1, z2])]
-    terms = [-(z[i] @ z[(i + 5) % 10]) / T + math.log(sum(math.exp(z[i] @ z[j] / T) for j in range(10) if j != i)) for i in range(10)]
+    terms = [-(z[i] @ z[(i + 5) % 10]) / T + math.log(sum(math.exp(z[i] @ z[j] / T)
+                                                          for j in range(10) if j != i)) for i in range(10)]
     assert float(sv.nt_xent(z1, z2, T)) == pytest.approx(float(sum(terms) / 10), abs=1e-5)
     assert float(sv.nt_xent(z2, z1, T)) == pytest.approx(float(sv.nt_xent(z1, z2, T)), abs=1e-6)
 
 
-@pytest.mark.parametrize("N, collapsed, perfect", [(16, 3.434, 0.00136), (64, 4.844, 0.00570), (256, 6.236, 0.02289)])
+@pytest.mark.parametrize("N, collapsed, perfect",
+                         [(16, 3.434, 0.00136), (64, 4.844, 0.00570), (256, 6.236, 0.02289)])
 def test_nt_xent_reference_values(N, collapsed, perfect):
     one = torch.ones(N, 4)
-    assert float(sv.nt_xent(one, one, 0.1)) == pytest.approx(collapsed, abs=1e-3) == pytest.approx(math.log(2 * N - 1), abs=1e-3)
+    assert float(sv.nt_xent(one, one, 0.1)) == pytest.approx(collapsed,
+                                                             abs=1e-3) == pytest.approx(math.log(2 * N - 1),
+                                                                                        abs=1e-3)
     eye = torch.eye(N)
     assert float(sv.nt_xent(eye, eye, 0.1)) == pytest.approx(perfect, abs=1e-5)
 
 
 def test_gradcache_is_the_full_batch_and_microbatches_are_not():
     torch.manual_seed(0)
-    net, x = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 8)), torch.randn(2, 12, 6)
+    net, x = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(),
+                                 torch.nn.Linear(16, 8)), torch.randn(2, 12, 6)
     cfg = sv.Config(phase4a_temperature=0.2)
 
     def grads(parts, negatives):
@@ -541,7 +574,8 @@ def test_gradcache_is_the_full_batch_and_microbatches_are_not():
     cached, g2 = grads(parts, "gradcache")
     alone, g3 = grads(parts, "microbatch")
     assert cached == pytest.approx(whole, abs=1e-6) and torch.allclose(g, g2, atol=1e-6)
-    assert alone < whole - 0.1 and not torch.allclose(g, g3, atol=1e-3)      # fewer negatives: another, easier problem
+    # fewer negatives: another, easier problem
+    assert alone < whole - 0.1 and not torch.allclose(g, g3, atol=1e-3)
 
 
 TWO_RANKS = """
@@ -561,14 +595,16 @@ sv.average_gradients(params, run.Ranks(rank, 2, torch.device("cpu")))
 got = torch.cat([p.grad.flatten() for p in params])
 full = sv.nt_xent(*net(x.flatten(0, 1)).chunk(2), 0.2)
 want = torch.cat([g.flatten() for g in torch.autograd.grad(full, params)])
-assert abs(float(loss) - float(full)) < 1e-6 and torch.allclose(got, want, atol=1e-6), (float(loss), float(full), got - want)
+assert abs(float(loss) - float(full)) < 1e-6, (float(loss), float(full))
+assert torch.allclose(got, want, atol=1e-6), got - want
 run.leave_together()
 """
 
 
 def test_two_gloo_ranks_give_the_gradients_of_one_process(tmp_path):
     env = dict(os.environ, OMP_NUM_THREADS="1")
-    ranks = [subprocess.Popen([sys.executable, "-c", TWO_RANKS, str(ROOT), str(k), str(tmp_path / "meet")], env=env,
+    ranks = [subprocess.Popen([sys.executable, "-c", TWO_RANKS, str(ROOT), str(k), str(tmp_path / "meet")],
+                              env=env,
                               stderr=subprocess.PIPE, text=True) for k in range(2)]
     for r in ranks:
         _, error = r.communicate(timeout=240)
@@ -578,7 +614,8 @@ def test_two_gloo_ranks_give_the_gradients_of_one_process(tmp_path):
 def test_focal_loss_is_ce_at_gamma_zero_weighs_by_class_and_has_its_gradient():
     torch.manual_seed(0)
     x, y = torch.randn(12, 2, dtype=torch.double).requires_grad_(), torch.arange(12) % 2
-    assert float(sv.focal_loss(x, y, None, 0.0)) == pytest.approx(float(F.cross_entropy(x.float(), y)), abs=1e-6)
+    assert float(sv.focal_loss(x, y, None, 0.0)) == pytest.approx(float(F.cross_entropy(x.float(), y)),
+                                                                  abs=1e-6)
     p = x.softmax(1)[torch.arange(12), y]
     want = ((torch.where(y == 1, 0.3, 0.7)) * (1 - p) ** 2 * -p.log()).mean()
     assert float(sv.focal_loss(x, y, 0.3, 2.0)) == pytest.approx(float(want), abs=1e-6)
@@ -602,7 +639,8 @@ def test_task_losses_on_hard_and_soft_targets():
 def test_schedule_warms_up_then_falls_on_a_cosine():
     lr = [sv.lr_at(k, 100, 1.0) for k in range(100)]
     assert lr[0] == pytest.approx(0.01) and lr[5] == pytest.approx(0.505) and lr[10] == 1.0
-    assert lr[55] == pytest.approx((1 + 1e-6) / 2) and all(a > b for a, b in zip(lr[10:], lr[11:])) and lr[-1] < 1e-2
+    assert lr[55] == pytest.approx((1 + 1e-6) / 2) and all(a > b for a, b in zip(lr[10:],
+                                                                                 lr[11:])) and lr[-1] < 1e-2
 
 
 def test_byol_swav_parts():
@@ -610,7 +648,8 @@ def test_byol_swav_parts():
     z = torch.randn(6, 4)
     assert float(selfsup.byol_loss(z, z, 3 * z, 2 * z)) == pytest.approx(0, abs=1e-6)
     q = selfsup.sinkhorn(torch.randn(64, 8) * 0.1)
-    assert torch.allclose(q.sum(1), torch.ones(64), atol=1e-5) and torch.allclose(q.sum(0), torch.full((8,), 8.0), atol=0.5)
+    assert torch.allclose(q.sum(1), torch.ones(64),
+                          atol=1e-5) and torch.allclose(q.sum(0), torch.full((8,), 8.0), atol=0.5)
     shadow = {"w": torch.zeros(2)}
     selfsup.average_into(shadow, {"w": torch.ones(2)}, 0.9)
     assert torch.allclose(shadow["w"], torch.full((2,), 0.1))
@@ -621,15 +660,19 @@ def test_other_objectives_train_a_backbone(data, done, tmp_path, objective):
     home = tmp_path / "run"
     (home / "source").mkdir(parents=True)
     shutil.copy(done[1].source_weights, home / "source")
-    sv.train(config(home, data, phases="phase4a", phase4a_objective=objective, steps=2, phase4a_hidden=16, phase4a_batch=8))
-    a, b = (sv.ViT.load(f, 4).state_dict() for f in (sv.Paths(str(home)).explora_checkpoint, done[1].source_weights))
+    sv.train(config(home, data, phases="phase4a", phase4a_objective=objective, steps=2, phase4a_hidden=16,
+                    phase4a_batch=8))
+    a, b = (sv.ViT.load(f, 4).state_dict() for f in (sv.Paths(str(home)).explora_checkpoint,
+                                                     done[1].source_weights))
     assert any(not torch.equal(a[k], b[k]) for k in a) and all(torch.isfinite(v).all() for v in a.values())
 
 
 def test_peft_head_gate_and_focal_runs_train(data, done, tmp_path):
     """The other ways through phase 1: DoRA + PiSSA with the gate, then a frozen backbone with focal loss."""
-    small = dict(data=str(data), phases="phase1", model_init_from_explora=False, phase1_epochs=1, phase1_gate_epochs=1, steps=2)
-    for name, more in (("peft", dict(phase1_mode="peft", data_augment="gate", peft_rank=4, phase1_accumulate=2, phase1_batch=8,
+    small = dict(data=str(data), phases="phase1", model_init_from_explora=False, phase1_epochs=1,
+                 phase1_gate_epochs=1, steps=2)
+    for name, more in (("peft", dict(phase1_mode="peft", data_augment="gate", peft_rank=4,
+                                     phase1_accumulate=2, phase1_batch=8,
                                      phase1_mix=True, data_erasing=0.5, data_perturb=0.5)),
                        ("head", dict(phase1_mode="head", phase1_loss="focal", hardware_precision="bf16"))):
         home = tmp_path / name
@@ -638,7 +681,8 @@ def test_peft_head_gate_and_focal_runs_train(data, done, tmp_path):
         sv.train(config(home, **{**small, **more}))
         paths = sv.Paths(str(home))
         net, source = sv.load_model(paths.model_best), sv.ViT.load(done[1].source_weights, 4)
-        moved = [k for k, v in source.state_dict().items() if not torch.allclose(net.backbone.state_dict()[k], v, atol=1e-6)]
+        moved = [k for k, v in source.state_dict().items()
+                 if not torch.allclose(net.backbone.state_dict()[k], v, atol=1e-6)]
         assert all(re.search(r"[qkvo]_proj.weight", k) for k in moved) and bool(moved) == (name == "peft")
         assert paths.gate_json.is_file() == (name == "peft") == paths.peft_adapters.is_file()
         logits = run.load_weights(paths.val_calib_logits)[0]["logits"]
@@ -646,7 +690,8 @@ def test_peft_head_gate_and_focal_runs_train(data, done, tmp_path):
 
 
 def test_gate_decision_table():
-    table = [(0.5, 0.3, 0.6, 0.9, True), (0.5, 0.3, 0.48, 0.2, True), (0.5, 0.3, 0.48, 0.4, False), (0.5, 0.3, 0.46, 0.1, False)]
+    table = [(0.5, 0.3, 0.6, 0.9, True), (0.5, 0.3, 0.48, 0.2, True), (0.5, 0.3, 0.48, 0.4, False),
+             (0.5, 0.3, 0.46, 0.1, False)]
     for mcc0, fnr0, mcc1, fnr1, want in table:
         assert sv.gate_accepts(dict(val_mcc=mcc0, val_fnr=fnr0), dict(val_mcc=mcc1, val_fnr=fnr1)) is want
 
@@ -662,7 +707,8 @@ def picture():
 def test_every_operation_keeps_size_at_both_ends(picture):
     for name in augment.OPS:
         table = augment.magnitudes(name, 31, 0.99, 32.0, 135.0, 0.99, 6)
-        for m in (0.0,) if table is None else (float(table[0]), float(table[-1]), -float(table[-1]))[:3 if name in augment.SIGNED else 2]:
+        for m in (0.0,) if table is None else (float(table[0]), float(table[-1]),
+                                               -float(table[-1]))[:3 if name in augment.SIGNED else 2]:
             out = augment.apply_op(picture, name, m)
             assert out.size == picture.size and out.mode == "RGB"
     assert augment.magnitudes("Posterize", 31, 0, 0, 0, 0, 6).tolist()[:9] == [8, 8, 8, 7, 7, 7, 7, 7, 6]
@@ -675,7 +721,8 @@ def test_training_pictures_are_a_function_of_the_seed(picture):
     for kind in ("basic", "strong", "rand"):
         cfg = sv.Config(model_image=32, data_perturb=0.5, data_erasing=0.5)
         a, b, c = (sv.train_picture(picture, cfg, run.generator(s), kind) for s in (1, 1, 2))
-        assert torch.equal(a, b) and not torch.equal(a, c) and a.shape == (3, 32, 32) and torch.isfinite(a).all()
+        assert torch.equal(a, b) and not torch.equal(a,
+                                                     c) and a.shape == (3, 32, 32) and torch.isfinite(a).all()
         v = sv.simclr_views(picture, cfg, run.generator(3))
         assert v.shape == (2, 3, 32, 32) and not torch.equal(v[0], v[1])
         assert torch.equal(v, sv.simclr_views(picture, cfg, run.generator(3)))
@@ -687,7 +734,8 @@ def test_augmix_stays_between_its_ends_and_erasing_within_its_share(picture):
     x = torch.ones(3, 64, 64)
     for seed in range(50):
         share = float((augment.random_erasing(x, run.generator(seed), 1.0, (0.02, 0.33)) == 0).float().mean())
-        assert 0.015 < share < 0.345                                         # rounding of the sides moves the area a little
+        # rounding of the sides moves the area a little
+        assert 0.015 < share < 0.345
     assert x.all() and augment.random_erasing(x, run.generator(0), 0.0) is x
 
 
@@ -697,7 +745,8 @@ def test_mixing_keeps_pixels_and_targets_in_step():
     for fn in (augment.mixup, augment.cutmix):
         y, s = fn(x, t, run.generator(1))
         value = torch.arange(4.0)
-        assert torch.allclose(y.mean((1, 2, 3)), s @ value, atol=1e-5) and torch.allclose(s.sum(1), torch.ones(4))
+        assert torch.allclose(y.mean((1, 2, 3)), s @ value,
+                              atol=1e-5) and torch.allclose(s.sum(1), torch.ones(4))
 
 
 def test_views_are_the_whole_and_overlapping_tiles(picture):
@@ -705,7 +754,8 @@ def test_views_are_the_whole_and_overlapping_tiles(picture):
     samples = serving.Loose([wide])
     x, boxes = views.make_views(samples, 0, 32, overlap=0.15)
     assert x.shape == (10, 3, 32, 32) and boxes[0].tolist() == [0, 0, 90, 60]
-    assert boxes[5].tolist() == [30 - 4, 20 - 3, 60 + 4, 40 + 3]             # round(25.5) is 26 (half to even), 64.5 is 64
+    # round(25.5) is 26 (half to even), 64.5 is 64
+    assert boxes[5].tolist() == [30 - 4, 20 - 3, 60 + 4, 40 + 3]
     assert boxes[1].tolist()[:2] == [0, 0] and boxes[9].tolist()[2:] == [90, 60]
     canvas, box = views.letterbox(wide, 120)
     assert box == (0, 20, 120, 100) and canvas.size == (120, 120)
@@ -740,7 +790,8 @@ def test_fusion_weights_sum_to_one_and_follow_permutations():
         out2, w2 = fusion.fuse(mode, logits[:, order], boxes[:, order])
         assert torch.allclose(out, out2, atol=1e-6) and torch.allclose(w[:, order], w2, atol=1e-6)
     assert torch.equal(fusion.fuse("single_view", logits)[0], logits[:, 0])
-    assert torch.allclose(fusion.fuse("soft_vote", logits)[0].softmax(1), logits.softmax(-1).mean(1), atol=1e-6)
+    assert torch.allclose(fusion.fuse("soft_vote", logits)[0].softmax(1), logits.softmax(-1).mean(1),
+                          atol=1e-6)
 
 
 def test_sure_views_weigh_more_and_large_tiles_weigh_more():
@@ -773,9 +824,11 @@ def test_cvfm_starts_at_the_mean_and_trains_nothing_else():
         module, rows = sv.train_fusion(mode, net, (f, None), (f, None), y, y, cfg)
         assert len(rows) == 2 and all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
     module = fusion.TrainableCVFM(3, 8, 8, 4).eval()
-    torch.nn.init.constant_(module.rho, -40.0)                               # rho = 0: the plain mean of features
+    # rho = 0: the plain mean of features
+    torch.nn.init.constant_(module.rho, -40.0)
     logits, w, _ = module(f, head)
-    assert torch.allclose(logits, head(f.mean(1)), atol=1e-5) and torch.allclose(w, torch.full((40, 3), 1 / 3))
+    assert torch.allclose(logits, head(f.mean(1)),
+                          atol=1e-5) and torch.allclose(w, torch.full((40, 3), 1 / 3))
 
 
 # --- calibration --------------------------------------------------------------
@@ -826,25 +879,24 @@ def test_calibration_choice_names_reasons_and_never_takes_a_collapsed_method():
     z = dict(prob=p, prob_mac=np.full(600, 0.5), label=y, group=np.arange(600) // 3)
     rows, best = sv.compare_calibrators(z, 201)
     status = {r["method"]: r["status"] for r in rows}
-    assert status["mac_cal"] == "rejected" and list(status.values()).count("selected") == 1 and status[best] == "selected"
+    assert status["mac_cal"] == "rejected" and status[best] == "selected"
+    assert list(status.values()).count("selected") == 1
     nll = {r["method"]: r["cv_nll"] for r in rows}
     assert nll[best] < nll["identity"]
 
 
 def test_mac_cal_retention_follows_the_confidence_gap():
-    assert sv_retention(0.9, 0.2) == pytest.approx(0.8) and sv_retention(0.6, 0.5) == 0.5 and sv_retention(0.9, -0.4) == 1.0
-
-
-def sv_retention(rho, gap):
-    from common.street.calibrate import retention
-    return retention(rho, gap)
+    values = [retention(0.9, 0.2), retention(0.6, 0.5), retention(0.9, -0.4)]
+    assert values == pytest.approx([0.8, 0.5, 1.0])
 
 
 def test_threshold_is_the_middle_of_the_plateau():
     logit2 = lambda p: np.log(np.stack([1 - np.array(p), np.array(p)], 1))
-    tau, best, m, curve = sv.select_threshold_max_mcc(logit2([0.1, 0.2, 0.7, 0.9]), [0, 0, 1, 1], 1001, return_curve=True)
-    assert best == 1 and tau == pytest.approx(0.45, abs=2e-3) and (m["tp"], m["fn"], m["fp"], m["tn"]) == (2, 0, 0, 2)
-    assert len(curve) == 1001 and list(inspect.signature(sv.select_threshold_max_mcc).parameters)[2] == "n_thresholds"
+    tau, best, m, curve = sv.select_threshold_max_mcc(logit2([0.1, 0.2, 0.7, 0.9]), [0, 0, 1, 1], 1001,
+                                                      return_curve=True)
+    assert best == 1 and tau == pytest.approx(0.45, abs=2e-3) and (m["tp"], m["fn"], m["fp"],
+                                                                   m["tn"]) == (2, 0, 0, 2)
+    assert len(curve) == 1001
     p, y = toy(500)
     tau, best, *_ = sv.select_threshold_max_mcc(logit2(p), y, 301)
     brute = max(binary_metrics(p, y, t)()["mcc"] for t in np.linspace(0, 1, 301))
@@ -880,7 +932,8 @@ def scrc_trial(reps, n, xi, alpha, sharpen, seed):
 def test_scrc_coverage_is_exact_and_risk_is_kept():
     cover, cover_se, risk, risk_se, want = scrc_trial(2000, 150, 0.8, 0.05, 1.0, 0)
     assert abs(cover - want) < 3 * cover_se and want >= 0.8
-    assert risk <= 0.05 + 3 * risk_se and risk > 0.02                        # kept, and not by refusing everything
+    # kept, and not by refusing everything
+    assert risk <= 0.05 + 3 * risk_se and risk > 0.02
 
 
 def test_scrc_fails_under_shift_so_the_simulation_has_power():
@@ -904,7 +957,8 @@ def test_scrc_holds_with_ties():
 
 def test_pac_threshold_violates_rarely_and_the_naive_rule_often():
     rng = np.random.default_rng(3)
-    grid = np.quantile(np.maximum(*(lambda p: (p, 1 - p))(draw(rng, 1, 4000)[0][0])), 1 - np.arange(0.3, 1.001, 0.05).clip(max=1))
+    grid = np.quantile(np.maximum(*(lambda p: (p, 1 - p))(draw(rng, 1, 4000)[0][0])),
+                       1 - np.arange(0.3, 1.001, 0.05).clip(max=1))
     big_p, big_y = draw(rng, 1, 100_000)
     g, wrong = np.maximum(big_p[0], 1 - big_p[0]), (big_p[0] >= 0.5) != big_y[0]
     true = {float(t): wrong[g >= t].mean() for t in grid}
@@ -928,7 +982,9 @@ def test_false_negatives_stay_below_alpha_exactly():
         rate.append(np.mean(pos[100:] < t))
     want = math.floor(0.05 * 101) / 101
     assert abs(np.mean(rate) - want) < 3 * np.std(rate) / np.sqrt(2000) and want <= 0.05
-    assert conformal.fnr_threshold(np.full(48, 0.5), 0.02)["t_lo"] is None and conformal.fnr_threshold(np.full(49, 0.5), 0.02)["t_lo"] == 0.5
+    assert conformal.fnr_threshold(np.full(48, 0.5),
+                                   0.02)["t_lo"] is None and conformal.fnr_threshold(np.full(49, 0.5),
+                                                                                     0.02)["t_lo"] == 0.5
 
 
 def test_conformal_thresholds_are_monotone_symmetric_and_say_when_infeasible():
@@ -942,10 +998,12 @@ def test_conformal_thresholds_are_monotone_symmetric_and_say_when_infeasible():
     assert conformal.scrc_thresholds(p[order], y[order], tie[order]) == conformal.scrc_thresholds(p, y, tie)
     small = conformal.scrc_thresholds(p[:10], y[:10], tie[:10], 0.8, 0.05)
     assert small["status"] == "infeasible" and small["lambda2"] == 1.0 and conformal.label_set(p, 1.0).all()
-    assert conformal.label_set(np.array([0.5]), 0.2).all()                   # an empty set is reported as both
+    # an empty set is reported as both
+    assert conformal.label_set(np.array([0.5]), 0.2).all()
     losses = (rng.random((50, 1)) > np.linspace(0, 1, 11)).astype(float)
     lam = conformal.crc_threshold(np.linspace(0, 1, 11), losses, 0.2)
-    assert (losses[:, round(lam * 10)].sum() + 1) / 51 <= 0.2 < (losses[:, round(lam * 10) - 1].sum() + 1) / 51
+    assert (losses[:, round(lam * 10)].sum() + 1) / 51 <= 0.2 < (losses[:, round(lam * 10) - 1].sum()
+                                                                 + 1) / 51
 
 
 # --- the competition -------------------------------------------------------------
@@ -954,13 +1012,15 @@ def test_conformal_thresholds_are_monotone_symmetric_and_say_when_infeasible():
 def test_reward_values_of_the_subnet():
     y = np.arange(100) % 2
     assert subnet.natix_reward(y * 1.0, y) == 1 and subnet.natix_reward([-1.0], [1]) == 0
-    assert subnet.natix_reward(np.full(100, 0.5), y) == pytest.approx((0.5 * 0.5) ** 3)     # 0.5 rounds to 0; one class: MCC 0
+    # 0.5 rounds to 0; one class: MCC 0
+    assert subnet.natix_reward(np.full(100, 0.5), y) == pytest.approx((0.5 * 0.5) ** 3)
     rng = np.random.default_rng(0)
     label = rng.integers(0, 2, 4000)
     pred = np.where(rng.random(4000) < 0.9, label, 1 - label) * 0.8 + 0.1
     sim = subnet.simulate_reward(pred, label, 1000)
     t = np.mean((pred > 0.5) == label)
-    assert sim["mean"] == pytest.approx(0.623, abs=0.03 + 3 * abs(t - 0.9))  # the table's value at accuracy 0.90
+    # the table's value at accuracy 0.90
+    assert sim["mean"] == pytest.approx(0.623, abs=0.03 + 3 * abs(t - 0.9))
     assert sim["p5"] < sim["mean"] < sim["p95"]
 
 
@@ -976,9 +1036,11 @@ def test_perturbations_have_their_levels(picture):
     for level in range(4):
         out = subnet.natix_perturb(picture, level, np.random.default_rng(0), 64)
         assert out.size == (64, 64) and out.mode == "RGB"
-    assert np.array_equal(*(np.asarray(subnet.natix_perturb(picture, 3, np.random.default_rng(9), 64)) for _ in range(2)))
+    assert np.array_equal(*(np.asarray(subnet.natix_perturb(picture, 3, np.random.default_rng(9), 64))
+                            for _ in range(2)))
     still = np.asarray(subnet.natix_perturb(picture, 0, np.random.default_rng(0), 160), float)
-    assert np.abs(still - np.asarray(picture, float)).mean() < 6             # a crop of the whole and one JPEG
+    # a crop of the whole and one JPEG
+    assert np.abs(still - np.asarray(picture, float)).mean() < 6
     with pytest.raises(ValueError):
         subnet.natix_perturb(picture, 4, None)
 
@@ -987,15 +1049,18 @@ def test_perturbations_have_their_levels(picture):
 
 
 def cli(*words, cwd):
-    return subprocess.run([sys.executable, str(ROOT / "streetvision.py"), *words], capture_output=True, text=True, cwd=cwd,
+    return subprocess.run([sys.executable, str(ROOT / "streetvision.py"), *words], capture_output=True,
+                          text=True, cwd=cwd,
                           env=dict(os.environ, OMP_NUM_THREADS="1"))
 
 
 def test_mistakes_are_one_line_and_status_2(done, tmp_path):
-    for words, text in ((("run", "--preset", "smok"), "did you mean 'smoke'"), (("run", "--set", "phase1.epoch=3"), "phase1_epochs"),
+    for words, text in ((("run", "--preset", "smok"), "did you mean 'smoke'"),
+                        (("run", "--set", "phase1.epoch=3"), "phase1_epochs"),
                         (("validate", str(tmp_path / "no.json")), "no file")):
         r = cli(*words, cwd=tmp_path)
-        assert r.returncode == 2 and re.match(r"streetvision.py: error: .+\n$", r.stderr) and text in r.stderr, r.stderr
+        assert r.returncode == 2 and re.match(r"streetvision.py: error: .+\n$",
+                                              r.stderr) and text in r.stderr, r.stderr
 
 
 def test_predict_prints_one_float_a_line(done, data, tmp_path):
@@ -1007,13 +1072,17 @@ def test_predict_prints_one_float_a_line(done, data, tmp_path):
 
 
 def test_settings_by_group_and_config_command(capsys):
-    argv = pipeline.translate(["run", "--run", "R", "--set", "phase1.epochs=3", "phase1.mac_cal=false", "--force"], sv.Config)
+    argv = pipeline.translate(["run", "--run", "R", "--set", "phase1.epochs=3", "phase1.mac_cal=false",
+                               "--force"], sv.Config)
     command, cfg = run.parse(sv.Config, sv.PRESETS, tuple(sv.COMMANDS), argv)
-    assert (command, cfg.out, cfg.phase1_epochs, cfg.phase1_mac_cal, cfg.force) == ("run", "R", 3, False, True)
+    assert (command, cfg.out, cfg.phase1_epochs, cfg.phase1_mac_cal,
+            cfg.force) == ("run", "R", 3, False, True)
     sv.show_config(cfg)
     shown = json.loads(capsys.readouterr().out)
-    assert shown["phase1"]["epochs"] == 3 and {"data", "model", "phase4a", "peft", "phase5", "hardware", "eval"} <= set(shown)
-    assert sv.Config().phase2_n_thresholds == 5000 and sv.Config().peft_init == "pissa" and sv.Config().phase4a_temperature == 0.1
+    assert shown["phase1"]["epochs"] == 3 and {"data", "model", "phase4a", "peft", "phase5", "hardware",
+                                               "eval"} <= set(shown)
+    plain = sv.Config()
+    assert (plain.phase2_n_thresholds, plain.peft_init, plain.phase4a_temperature) == (5000, "pissa", 0.1)
     sv.plan(dataclasses.replace(cfg, json=True))
     assert json.loads(capsys.readouterr().out)["params"] > 303e6
 
@@ -1029,7 +1098,8 @@ def test_every_preset_builds_without_memory(preset):
 def test_a_wrong_compile_stance_is_replaced_and_failure_runs_eagerly(monkeypatch):
     set_to = []
     monkeypatch.setattr(torch.compiler, "set_stance", set_to.append)
-    monkeypatch.setattr(torch, "compile", lambda net, **kw: (_ for _ in ()).throw(RuntimeError("no compiler")))
+    monkeypatch.setattr(torch, "compile", lambda net,
+                        **kw: (_ for _ in ()).throw(RuntimeError("no compiler")))
     net = torch.nn.Linear(2, 2)
     with pytest.warns(UserWarning) as warned:
         assert pipeline.maybe_compile(net, torch.zeros(1, 2), True, stance="performance") is net

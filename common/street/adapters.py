@@ -2,9 +2,9 @@
 
 With A [r, in], B [out, r], scaling s = alpha / r (alpha / sqrt(r) when rank-stabilised):
 
-    LoRA   y = W x + b + s B A drop(x)                                                       arXiv 2106.09685
-    DoRA   V = W + s B A;  y = (m / |V|_row) V x + b, the row norm a constant for the gradient        2402.09353
-    PiSSA  A, B start as the r leading singular directions of W, and W keeps the rest                 2404.02948
+    LoRA   y = W x + b + s B A drop(x)                                             arXiv 2106.09685
+    DoRA   V = W + s B A;  y = (m / |V|_row) V x + b, the row norm a constant for the gradient   2402.09353
+    PiSSA  A, B start as the r leading singular directions of W, and W keeps the rest            2404.02948
 
 An adapted layer is still an nn.Linear with the same parameter names, so checkpoints of the plain model keep
 their keys; merge() turns it back.
@@ -18,9 +18,11 @@ from torch import nn
 
 
 class LowRank(nn.Linear):
-    """An nn.Linear, its weight frozen, plus trained A, B (and row magnitudes m for DoRA). See the equations above."""
+    """An nn.Linear, its weight frozen, plus trained A, B (and row magnitudes m for DoRA). See the equations
+    above."""
 
-    def __init__(self, linear, kind, rank, alpha, rslora=False, init="default", dropout=0.0, svd_iterations=None):
+    def __init__(self, linear, kind, rank, alpha, rslora=False, init="default", dropout=0.0,
+                 svd_iterations=None):
         out, width = linear.weight.shape
         super().__init__(width, out, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
@@ -30,7 +32,8 @@ class LowRank(nn.Linear):
         self.kind, self.rank, self.dropout = kind, rank, dropout
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         new = dict(device=self.weight.device, dtype=torch.float32)
-        self.A, self.B = nn.Parameter(torch.empty(rank, width, **new)), nn.Parameter(torch.zeros(out, rank, **new))
+        self.A, self.B = nn.Parameter(torch.empty(rank, width,
+                                                  **new)), nn.Parameter(torch.zeros(out, rank, **new))
         self.pissa = init == "pissa"
         if self.pissa:
             self._principal(svd_iterations)
@@ -56,7 +59,8 @@ class LowRank(nn.Linear):
         for name, start in (("A0", self.A), ("B0", self.B)):
             self.register_buffer(name, start.detach().clone(), persistent=False)
         # a new tensor: the caller may still hold the original weight
-        self.weight = nn.Parameter((w - self.scaling * self.B @ self.A).to(self.weight.dtype), requires_grad=False)
+        self.weight = nn.Parameter((w - self.scaling * self.B @ self.A).to(self.weight.dtype),
+                                   requires_grad=False)
 
     @torch.no_grad()
     def full(self):
@@ -91,7 +95,8 @@ class LowRank(nn.Linear):
 
 
 def linears(module, targets, blocks=None):
-    """[(parent, name, path, linear)] of every linear called t or t_proj for t in targets, inside the blocks given.
+    """[(parent, name, path, linear)] of every linear called t or t_proj for t in targets, inside the blocks
+    given.
 
     blocks: indices N of paths `layer.N.`; None for all.  Raises ValueError on a target that names no linear.
     """
@@ -106,7 +111,8 @@ def linears(module, targets, blocks=None):
             if blocks is None or index in blocks:
                 found.append((module.get_submodule(parent_path), name, path, child))
     if missing := [t for t in targets if t not in seen]:
-        raise ValueError(f"no linear layer called {missing[0]} or {missing[0]}_proj; containers cannot be adapted")
+        raise ValueError(f"no linear layer called {missing[0]} or {missing[0]}_proj; "
+                         "containers cannot be adapted")
     return found
 
 
@@ -153,9 +159,11 @@ def adapter_tensors(module):
     """(tensors, meta) to save: `path.A`, `path.B`, DoRA's `path.m`, PiSSA's start `path.A0`, `path.B0`."""
     layers = adapted(module)
     names = ("A", "B", "m", "A0", "B0")
-    tensors = {f"{path}.{n}": getattr(x, n).detach().cpu() for path, x in layers.items() for n in names if hasattr(x, n)}
+    tensors = {f"{path}.{n}": getattr(x, n).detach().cpu() for path, x in layers.items()
+               for n in names if hasattr(x, n)}
     first = next(iter(layers.values()))
-    meta = dict(r=first.rank, scaling=first.scaling, kind=first.kind, init="pissa" if first.pissa else "default",
+    meta = dict(r=first.rank, scaling=first.scaling, kind=first.kind,
+                init="pissa" if first.pissa else "default",
                 layers=sorted(layers))
     return tensors, meta
 

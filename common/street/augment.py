@@ -1,4 +1,5 @@
-"""Image augmentations on Pillow images and torch tensors, torchvision's definitions and order of random draws.
+"""Image augmentations on Pillow images and torch tensors, torchvision's definitions and order of random
+draws.
 
 Every draw comes from the torch.Generator handed in, so an image is a function of (image, seed).
 TrivialAugmentWide arXiv 2103.10158, RandAugment 1909.13719, AugMix 1912.02781, RandomErasing 1708.04896,
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
-OPS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
+OPS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color",
+       "Contrast",
        "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize")
 AUGMIX_OPS = OPS[1:6] + ("Posterize", "Solarize", "AutoContrast", "Equalize") + OPS[6:10]
 SIGNED = set(OPS[1:10])
@@ -33,7 +35,8 @@ def randint(g, low, high):
 
 def apply_op(image, name, m, resample=Image.NEAREST):
     """PIL RGB -> PIL RGB; m: signed magnitude of the operation.  Corners that come free are black."""
-    def affine(*matrix):                                                     # the inverse map, output to input
+    # the inverse map, output to input
+    def affine(*matrix):
         return image.transform(image.size, Image.AFFINE, matrix, resample)
     if name == "Identity":
         return image
@@ -53,11 +56,13 @@ def apply_op(image, name, m, resample=Image.NEAREST):
         return ImageOps.posterize(image, int(m))
     if name == "Solarize":
         return ImageOps.solarize(image, 255 * m)
-    return {"AutoContrast": ImageOps.autocontrast, "Equalize": ImageOps.equalize, "Invert": ImageOps.invert}[name](image)
+    return {"AutoContrast": ImageOps.autocontrast, "Equalize": ImageOps.equalize,
+            "Invert": ImageOps.invert}[name](image)
 
 
 def magnitudes(name, bins, shear, translate, rotate, enhance, bits, posterize_from=8):
-    """The `bins` magnitudes of an operation, weakest first, float32 as torchvision's; None where it has none."""
+    """The `bins` magnitudes of an operation, weakest first, float32 as torchvision's; None where it has
+    none."""
     if name in ("Identity", "AutoContrast", "Equalize"):
         return None
     if name == "Posterize":
@@ -73,7 +78,8 @@ def _signed(g, name, m):
 
 
 def trivial_augment_wide(image, g, bins=31, scale_to_size=False):
-    """One operation of 14, one strength of `bins`.  scale_to_size: 32 pixels of shift at side 224, less below."""
+    """One operation of 14, one strength of `bins`.  scale_to_size: 32 pixels of shift at side 224, less
+    below."""
     name = OPS[randint(g, 0, len(OPS))]
     limit = 32.0 * (min(image.size) / 224 if scale_to_size else 1)
     table = magnitudes(name, bins, 0.99, limit, 135.0, 0.99, 6)
@@ -149,7 +155,8 @@ def color_jitter(image, g, brightness, contrast, saturation, hue):
             image = kind(image).enhance(factors[k])
         elif k == 3 and turn is not None:
             h, s, v = image.convert("HSV").split()
-            h = Image.fromarray((np.asarray(h, np.int16) + int(turn * 255)).astype(np.uint8))  # wraps modulo 256
+            # wraps modulo 256
+            h = Image.fromarray((np.asarray(h, np.int16) + int(turn * 255)).astype(np.uint8))
             image = Image.merge("HSV", (h, s, v)).convert("RGB")
     return image
 

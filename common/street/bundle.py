@@ -1,8 +1,8 @@
 """Phases that leave proof: atomic JSON, manifests with the hash of every input and output, bundles, checkers.
 
-A phase is complete when its manifest.json exists (it is written last), its outputs still have the hashes in it,
-and its inputs and its part of the config are those it ran with.  A bundle is a folder whose bundle.json names
-every file by relative path and SHA-256; nothing in it is ever unpickled.
+A phase is complete when its manifest.json exists (it is written last), its outputs still have the hashes in
+it, and its inputs and its part of the config are those it ran with.  A bundle is a folder whose bundle.json
+names every file by relative path and SHA-256; nothing in it is ever unpickled.
 """
 
 import csv
@@ -33,7 +33,8 @@ def digest(value):
 
 
 def write_json(path, value):
-    """Sorted keys, indent 2, trailing newline, atomic; NaN and infinity are refused -> SHA-256 of the file."""
+    """Sorted keys, indent 2, trailing newline, atomic; NaN and infinity are refused -> SHA-256 of the
+    file."""
     data = (json.dumps(value, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, data)
@@ -55,8 +56,8 @@ def read_json(path):
 
 
 def save_tensors(path, tensors, meta):
-    """run.save_weights under one metadata key: safetensors writes several in random order, and equal weights must be
-    equal bytes."""
+    """run.save_weights under one metadata key: safetensors writes several in random order, and equal weights
+    must be equal bytes."""
     save_weights(path, tensors, {"meta": meta})
 
 
@@ -75,12 +76,14 @@ def facts(path):
     return dict(path=Path(path).name, sha256=sha256_file(path), size_bytes=Path(path).stat().st_size)
 
 
-def write_manifest(folder, phase, *, config_hash, seed, commit, inputs, outputs, metrics, grants, started, device):
+def write_manifest(folder, phase, *, config_hash, seed, commit, inputs, outputs, metrics, grants, started,
+                   device):
     """folder/manifest.json, last of all files of the phase.  inputs, outputs: {name: path}."""
     now = time.time()
     stamp = "%Y-%m-%dT%H:%M:%SZ"
     write_json(Path(folder, "manifest.json"), dict(
-        schema="streetvision/manifest@1", phase=phase, run_id=time.strftime("%Y%m%dT%H%M%S", time.gmtime(started)),
+        schema="streetvision/manifest@1", phase=phase, run_id=time.strftime("%Y%m%dT%H%M%S",
+                                                                            time.gmtime(started)),
         git_sha=commit or "unknown", config_hash=config_hash, seed=seed,
         inputs={k: facts(p) for k, p in inputs.items()}, outputs={k: facts(p) for k, p in outputs.items()},
         metrics=metrics, splits={g["split"]: g["purpose"] for g in grants}, grants=grants,
@@ -145,7 +148,8 @@ def policy_errors(path, expected=None):
         errors += [f"scrc_params without {name}" for name in need if name not in params]
         if "decision_threshold" in params:
             _number(errors, "decision_threshold", params["decision_threshold"])
-        for part, keys in (("selection", ("xi",)), ("risk", ("alpha",)), ("fnr", ("alpha",)), ("pac", ("alpha", "delta"))):
+        for part, keys in (("selection", ("xi",)), ("risk", ("alpha",)), ("fnr", ("alpha",)),
+                           ("pac", ("alpha", "delta"))):
             if not isinstance(params.get(part, {}), dict):
                 errors.append(f"{part} must be an object")
                 continue
@@ -184,6 +188,7 @@ def bundle_errors(path):
     named = [(bundle.get("model_checkpoint"), bundle.get("model_sha256")),
              (bundle.get("cvfm_weights"), bundle.get("cvfm_sha256")),
              (bundle.get("model_config"), bundle.get("model_config_sha256"))]
+    named += [(f.get("path"), f.get("sha256")) for f in (bundle.get("probes") or {}).values()]
     if policies:
         named.append((policies["path"], policies["sha256"]))
     for name, sha in named:
@@ -221,7 +226,8 @@ def check(path):
 
 
 def write_archive(path, root, names):
-    """Deterministic tar.gz of files under root: sorted names, no times, no owners; equal files, equal bytes."""
+    """Deterministic tar.gz of files under root: sorted names, no times, no owners; equal files, equal
+    bytes."""
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name in sorted(names):

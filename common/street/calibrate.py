@@ -1,11 +1,12 @@
-"""Calibrators of a binary classifier: p = P(y = 1) in, a better p out; fitted, saved as JSON, reloaded bit for bit.
+"""Calibrators of a binary classifier: p = P(y = 1) in, a better p out; fitted, saved as JSON, reloaded bit
+for bit.
 
 With s = logit p, p kept 1e-7 away from 0 and 1:
 
-    temperature     sigma(s / T)                       1706.04599      one parameter; order and the cut at 1/2 stay
-    platt           sigma(a s + b)                                     targets pulled in as Platt proposed
-    beta            sigma(a ln p - b ln(1 - p) + c)    Kull 2017       a, b >= 0
-    isotonic        pool adjacent violators            any increasing map; as scikit-learn's, clipped outside
+    temperature     sigma(s / T)                       1706.04599    one parameter; order and cut 1/2 stay
+    platt           sigma(a s + b)                                   targets pulled in as Platt proposed
+    beta            sigma(a ln p - b ln(1 - p) + c)    Kull 2017     a, b >= 0
+    isotonic        pool adjacent violators          any increasing map; as scikit-learn's, clipped outside
     isotonic_pchip  a monotone cubic through blocks of the isotonic fit
     ensemble        sigma(sum_k w_k logit q_k) of the best three, w = softmax(theta) fitted out of fold
 """
@@ -30,13 +31,15 @@ def margin(prob):
 
 
 class Calibrator:
-    """fit(prob, label) -> self; self(prob) -> prob.  All parameters are floats or lists of floats in self.params."""
+    """fit(prob, label) -> self; self(prob) -> prob.  All parameters are floats or lists of floats in
+    self.params."""
 
     def __init__(self, params=None):
         self.params = params or {}
 
     def to_json(self):
-        return dict(method=next(k for k, v in CALIBRATORS.items() if v is type(self)), params=self.params, input="prob")
+        return dict(method=next(k for k, v in CALIBRATORS.items() if v is type(self)), params=self.params,
+                    input="prob")
 
     @staticmethod
     def from_json(value):
@@ -59,7 +62,8 @@ class Temperature(Calibrator):
         s = margin(prob)
         y = np.asarray(label)
         loss = lambda t: np.mean(np.logaddexp(0, s / np.exp(t)) - y * s / np.exp(t))
-        found = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded", options=dict(xatol=1e-10))
+        found = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded",
+                                options=dict(xatol=1e-10))
         self.params = dict(T=float(np.exp(found.x)))
         return self
 
@@ -72,7 +76,8 @@ def _logistic(features_NK, target, start):
     def loss(w):
         z = features_NK @ w
         return np.mean(np.logaddexp(0, z) - target * z), features_NK.T @ (expit(z) - target) / len(z)
-    return minimize(loss, start, jac=True, method="L-BFGS-B", options=dict(maxiter=2000, ftol=1e-15, gtol=1e-10)).x
+    return minimize(loss, start, jac=True, method="L-BFGS-B",
+                    options=dict(maxiter=2000, ftol=1e-15, gtol=1e-10)).x
 
 
 class Platt(Calibrator):
@@ -136,7 +141,8 @@ class IsotonicPchip(Calibrator):
         centre, value, weight, *_ = pava(prob, label)
         blocks = []
         for x, y, w in zip(centre, value, weight):
-            if blocks and (blocks[-1][2] < 10 or w < 10 and x == centre[-1]):    # too small: join with its neighbour
+            # too small: join with its neighbour
+            if blocks and (blocks[-1][2] < 10 or w < 10 and x == centre[-1]):
                 a, b, v = blocks.pop()
                 x, y, w = (a * v + x * w) / (v + w), (b * v + y * w) / (v + w), v + w
             blocks.append((x, y, w))
@@ -193,15 +199,18 @@ class Ensemble(Calibrator):
         return expit(np.tensordot(self.params["weights"], z, 1))
 
 
-CALIBRATORS = {"identity": Identity, "temperature": Temperature, "platt": Platt, "beta": Beta, "isotonic": Isotonic,
+CALIBRATORS = {"identity": Identity, "temperature": Temperature, "platt": Platt, "beta": Beta,
+               "isotonic": Isotonic,
                "isotonic_pchip": IsotonicPchip, "ensemble": Ensemble}
 
 
 def compare_calibrators(z, n_thresholds, prior=None):
-    """Cross-validated scores of every calibrator on CALIB_FIT -> rows with status, and the name of the choice.
+    """Cross-validated scores of every calibrator on CALIB_FIT -> rows with status, and the name of the
+    choice.
 
-    Rejected: MCC more than 0.02 below raw.  Dominated: another is no worse in ECE, NLL, MCC and FNR.  Among the rest
-    the smallest ECE + 0.5 (NLL - best) + max(0, FNR - raw) wins, unless temperature is within one standard error of ECE.
+    Rejected: MCC more than 0.02 below raw.  Dominated: another is no worse in ECE, NLL, MCC and FNR.  Among
+    the rest the smallest ECE + 0.5 (NLL - best) + max(0, FNR - raw) wins, unless temperature is within one
+    standard error of ECE.
     """
     candidates = {m: (z["prob"], m) for m in CALIBRATORS}
     if z["prob_mac"] is not None:
@@ -211,7 +220,8 @@ def compare_calibrators(z, n_thresholds, prior=None):
         p = out_of_fold(method, prob, z["label"], z["group"])
         sweep = mcc_sweep(p, z["label"], n_thresholds, prior)
         m = binary_metrics(p, z["label"], sweep["threshold"])()
-        rows.append(dict(method=name, cv_ece=m["ece_mass"], cv_nll=m["nll"], cv_brier=m["brier"], mcc=m["mcc"], fnr=m["fnr"],
+        rows.append(dict(method=name, cv_ece=m["ece_mass"], cv_nll=m["nll"], cv_brier=m["brier"],
+                         mcc=m["mcc"], fnr=m["fnr"],
                          status="candidate", reason=""))
         kept[name] = p
     raw = rows[0]
@@ -228,7 +238,8 @@ def compare_calibrators(z, n_thresholds, prior=None):
     price = lambda r: r["cv_ece"] + 0.5 * (r["cv_nll"] - least) + max(0.0, r["fnr"] - raw["fnr"])
     best = min(alive, key=price)
     plain = next(r for r in rows if r["method"] == "temperature")
-    noise = bootstrap(binary_metrics(kept[best["method"]], z["label"]), len(z["label"]), z["group"], 200)["ece_mass"]["std"]
+    noise = bootstrap(binary_metrics(kept[best["method"]], z["label"]), len(z["label"]), z["group"],
+                      200)["ece_mass"]["std"]
     if plain["status"] != "rejected" and price(plain) - price(best) <= noise and best is not plain:
         best["reason"] = "within one standard error of temperature"
         best = plain
@@ -239,11 +250,12 @@ def compare_calibrators(z, n_thresholds, prior=None):
 
 
 def mac_cal(head, features_NF, label_N, select_NF, select_label_N, seed, epochs=10, lr=1e-3, batch=64):
-    """MaC-Cal (2508.09116) as far as published: retrain a head under random masks of its last matrix -> last rho.
+    """MaC-Cal (2508.09116) as far as published: retrain a head under random masks of its last matrix -> last
+    rho.
 
-    W' = (M * W) / rho, M ~ Bernoulli(rho), features fixed; after an epoch rho <- retention(rho, confidence - accuracy)
-    on the selection split, so over-confidence makes it sparser.  The update rule is ours, the paper's was not available.
-    Train in place; at inference there is no mask.
+    W' = (M * W) / rho, M ~ Bernoulli(rho), features fixed; after an epoch rho <- retention(rho, confidence -
+    accuracy) on the selection split, so over-confidence makes it sparser.  The update rule is ours, the
+    paper's was not available. Train in place; at inference there is no mask.
     """
     rho, per_epoch = 1.0, math.ceil(len(features_NF) / batch)
     head.cpu().requires_grad_(True)
@@ -262,7 +274,8 @@ def mac_cal(head, features_NF, label_N, select_NF, select_label_N, seed, epochs=
         if step % per_epoch == 0:
             with torch.no_grad():
                 p = head.eval()(select_NF).softmax(1)
-            rho = retention(rho, float(p.amax(1).mean()) - float((p.argmax(1).numpy() == select_label_N).mean()))
+            sure, right = p.amax(1).mean(), (p.argmax(1).numpy() == select_label_N).mean()
+            rho = retention(rho, float(sure) - float(right))
     return rho
 
 

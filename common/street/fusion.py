@@ -1,14 +1,20 @@
 """Fusing the views of one sample into one decision: fixed rules and small trained modules.
 
-Weights over views sum to 1 and every rule returns logits.  `trained` averages the views in a shared latent space,
-decodes one reconstruction per view and mixes it with the feature (cross-view fusion module, CVFM).
+Weights over views sum to 1 and every rule returns logits.  `trained` averages the views in a shared latent
+space, decodes one reconstruction per view and mixes it with the feature (cross-view fusion module, CVFM).
 
 B samples  V views  F features  L latent  H heads
 """
 
+import copy
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from common import run
+from common.street.views import step_indices
 
 
 def fuse(mode, logits_BVC, boxes_BV4=None, topk=2, inverse=False):
@@ -54,16 +60,19 @@ class AttentionFusion(nn.Module):
 
 
 class TrainableCVFM(nn.Module):
-    """z_v = E(f_v), zbar their mean, fhat_v = D_v(zbar); f = sum_v a_v ((1 - rho) f_v + rho fhat_v), a = softmax(omega).
+    """z_v = E(f_v), zbar their mean, fhat_v = D_v(zbar); f = sum_v a_v ((1 - rho) f_v + rho fhat_v), a =
+    softmax(omega).
 
     forward(f, head) -> (logits of the frozen head, weights, 0.1 * mean square of fhat_v - f_v).
     """
 
     def __init__(self, V, width, hidden=512, latent=256):
         super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Dropout(0.1),
+        self.encoder = nn.Sequential(nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.GELU(),
+                                     nn.Dropout(0.1),
                                      nn.Linear(hidden, latent))
-        self.decoders = nn.ModuleList(nn.Sequential(nn.Linear(latent, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.decoders = nn.ModuleList(nn.Sequential(nn.Linear(latent, hidden), nn.GELU(),
+                                                    nn.Linear(hidden, width))
                                       for _ in range(V))
         self.omega, self.rho = nn.Parameter(torch.zeros(V)), nn.Parameter(torch.tensor(-2.0))
 
@@ -78,7 +87,8 @@ class TrainableCVFM(nn.Module):
 
 
 class FlexFusion(nn.Module):
-    """Attention across views with a learned bias per head and pair of views, then the mean and a linear head."""
+    """Attention across views with a learned bias per head and pair of views, then the mean and a linear
+    head."""
 
     def __init__(self, V, width, hidden=512, latent=256, heads=4):
         super().__init__()
@@ -86,7 +96,8 @@ class FlexFusion(nn.Module):
         self.bias, self.out = nn.Parameter(torch.zeros(heads, V, V)), nn.Linear(latent, 2)
 
     def attend(self, f_BVF, flex):
-        """flex: FlexAttention with the bias as score_mod (it has no backward on a CPU); else the same by SDPA."""
+        """flex: FlexAttention with the bias as score_mod (it has no backward on a CPU); else the same by
+        SDPA."""
         q, k, v = self.qkv(self.project(f_BVF)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if not flex:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias.to(q.dtype)[None])
@@ -101,3 +112,31 @@ class FlexFusion(nn.Module):
 
 
 TRAINED = {"attention": AttentionFusion, "trained": TrainableCVFM, "flex": FlexFusion}
+
+
+def train_fusion(mode, net, train, y_train, cfg, judge, batch=64):
+    """Train one module on cached features, backbone and head frozen; its best epoch by VAL_SELECT MCC.
+
+    judge: (mode, module) -> that MCC.
+    """
+    place = 6 + list(TRAINED).index(mode)
+    run.seed_all(cfg.seed, 6, place)
+    f_NVF = train[0]
+    module = TRAINED[mode](f_NVF.shape[1], f_NVF.shape[2], cfg.phase4c_hidden, cfg.phase4c_latent)
+    optim = torch.optim.AdamW(module.parameters(), cfg.phase4c_lr, weight_decay=0.01)
+    per_epoch, best, rows = math.ceil(len(f_NVF) / batch), (-2.0, None), []
+    for step in range(1, cfg.phase4c_epochs * per_epoch + 1):
+        epoch, ids = step_indices(len(f_NVF), batch, step, cfg.seed)
+        run.seed_all(cfg.seed, 6, place, step)
+        logits, _, extra = module.train()(f_NVF[ids], net.head.eval())
+        loss = F.cross_entropy(logits, torch.from_numpy(y_train[ids])) + extra
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+        if step % per_epoch == 0:
+            value = judge(mode, module)
+            rows.append(dict(mode=mode, epoch=epoch, loss=float(loss.detach()), val_mcc=value))
+            if value > best[0] or best[1] is None:
+                best = value, copy.deepcopy(module.state_dict())
+    module.load_state_dict(best[1])
+    return module.eval(), rows

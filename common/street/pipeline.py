@@ -1,4 +1,5 @@
-"""Phases one after another: skip what is complete and unchanged, run the rest, leave a manifest; and small commands.
+"""Phases one after another: skip what is complete and unchanged, run the rest, leave a manifest; and small
+commands.
 
     STEPS = {"phase1": Step(body, folder, fields, needs, uses)}
     run_phases(STEPS, wanted, cfg, ddp, artifact, ...)
@@ -24,8 +25,8 @@ from common.street import bundle, scorecard
 
 @dataclass(frozen=True)
 class Step:
-    """body(job) -> (outputs, metrics); fields: prefixes of the config it reads; needs and uses: artifact names, the
-    second only when they exist; all_ranks: every rank runs it, otherwise rank 0 alone."""
+    """body(job) -> (outputs, metrics); fields: prefixes of the config it reads; needs and uses: artifact
+    names, the second only when they exist; all_ranks: every rank runs it, otherwise rank 0 alone."""
     body: object
     folder: str
     fields: str
@@ -47,7 +48,8 @@ def wanted_phases(text, steps):
 def run_phases(steps, wanted, cfg, ddp, paths, store, log, job):
     """Run the wanted phases that are stale, and every wanted one after the first of those.
 
-    Raises UserError when an earlier phase that is not wanted is stale, or a file that a phase needs is missing.
+    Raises UserError when an earlier phase that is not wanted is stale, or a file that a phase needs is
+    missing.
     """
     state = bundle.read_json(paths.pipeline_state) if paths.pipeline_state.is_file() else {}
     fresh = False
@@ -63,9 +65,11 @@ def run_phases(steps, wanted, cfg, ddp, paths, store, log, job):
         inputs |= {n: getattr(paths, n) for n in step.uses if getattr(paths, n).is_file()}
         inputs["splits"] = paths.splits_json
         prefixes = tuple(step.fields.split())
-        part = {k: v for k, v in dataclasses.asdict(cfg).items() if k.startswith(prefixes) or k in ("seed", "steps")}
+        part = {k: v for k, v in dataclasses.asdict(cfg).items() if k.startswith(prefixes)
+                or k in ("seed", "steps")}
         why = bundle.stale(folder, bundle.digest(part), inputs)
-        _meet(ddp)                                              # all ranks have judged before any file changes
+        # all ranks have judged before any file changes
+        _meet(ddp)
         if phase not in wanted:
             before = list(steps).index(phase) < list(steps).index(wanted[-1])
             if before and why not in (None, "no manifest"):
@@ -93,7 +97,8 @@ def run_phases(steps, wanted, cfg, ddp, paths, store, log, job):
             bundle.write_manifest(folder, phase, config_hash=bundle.digest(part), seed=cfg.seed,
                                   commit=log.facts["commit"], inputs=inputs, outputs=outputs, metrics=metrics,
                                   grants=store.grants, started=began, device=ddp.device)
-            shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in list(metrics.items())[:5])
+            shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                              for k, v in list(metrics.items())[:5])
             print(f"{phase:<16} {time.time() - began:6.1f} s  {shown}", flush=True)
         note(phase, status="completed", start=began, end=time.time())
         _meet(ddp)
@@ -105,9 +110,11 @@ def _meet(ddp):
 
 
 def maybe_compile(net, example, enabled, mode="default", stance="default"):
-    """torch.compile with the stance set first; eager, with a warning, when compiling fails or changes the output.
+    """torch.compile with the stance set first; eager, with a warning, when compiling fails or changes the
+    output.
 
-    'performance' is no stance of PyTorch (set_stance takes it silently, every compiled call then fails): 'default'.
+    'performance' is no stance of PyTorch (set_stance takes it silently, every compiled call then fails):
+    'default'.
     """
     if not enabled:
         return net
@@ -159,7 +166,8 @@ def translate(argv, Config):
 
 
 def grouped(cfg, groups):
-    """The configuration as nested dicts: fields that start with a group's name below it, the others under "run"."""
+    """The configuration as nested dicts: fields that start with a group's name below it, the others under
+    "run"."""
     out = collections.defaultdict(dict)
     for name, value in dataclasses.asdict(cfg).items():
         head, _, tail = name.partition("_")
@@ -176,6 +184,8 @@ def doctor(cfg):
     cuda = torch.cuda.device_count()
     bf16 = cuda > 0 and torch.cuda.get_device_capability()[0] >= 8
     print(f"python {platform.python_version()}  torch {torch.__version__}  cuda devices {cuda}"
-          f"{'' if cuda else ' (CPU works, slowly)'}  bf16 {bf16}  threads {torch.get_num_threads()}  write {cfg.out} ok")
-    if sys.version_info < (3, 11) or tuple(int(v) for v in torch.__version__.split("+")[0].split(".")[:2]) < (2, 6):
+          f"{'' if cuda else ' (CPU works, slowly)'}  bf16 {bf16}  threads {torch.get_num_threads()}  "
+          f"write {cfg.out} ok")
+    if sys.version_info < (3, 11) or tuple(int(v)
+                                           for v in torch.__version__.split("+")[0].split(".")[:2]) < (2, 6):
         raise run.UserError("needs Python 3.11 and PyTorch 2.6 or newer")

@@ -1,4 +1,5 @@
-"""The pictures of a binary classifier: ROC, precision-recall, confusion, reliability, risk-coverage, threshold sweep."""
+"""The pictures of a binary classifier: ROC, precision-recall, confusion, reliability, risk-coverage,
+threshold sweep."""
 
 import numpy as np
 from scipy.stats import norm
@@ -17,10 +18,12 @@ def _sorted_counts(prob, label):
 def roc_curve(prob, label, points=None):
     """points: {name: (fpr, tpr)} operating points."""
     tp, fp = _sorted_counts(prob, label)
-    series = {f"AUC {roc_auc(prob, label):.3f}": (np.r_[0, fp / max(fp[-1], 1)], np.r_[0, tp / max(tp[-1], 1)]),
+    series = {f"AUC {roc_auc(prob, label):.3f}": (np.r_[0, fp / max(fp[-1], 1)],
+                                                  np.r_[0, tp / max(tp[-1], 1)]),
               "chance": ([0, 1], [0, 1])}
     series |= {name: ([x], [y]) for name, (x, y) in (points or {}).items()}
-    return draw.lines(series, title="ROC", xlabel="false positive rate", ylabel="true positive rate", size=(560, 520))
+    return draw.lines(series, title="ROC", xlabel="false positive rate", ylabel="true positive rate",
+                      size=(560, 520))
 
 
 def pr_curve(prob, label):
@@ -36,7 +39,8 @@ def confusion(tp, tn, fp, fn, classes):
     m = np.array([[tn, fp], [fn, tp]], float)
     share = 100 * m / np.maximum(m.sum(1, keepdims=True), 1)
     return draw.sheet([draw.heat(m, classes, classes, title="count", xlabel="answer", ylabel="label"),
-                       draw.heat(share, classes, classes, title="% of the row", xlabel="answer", ylabel="label")])
+                       draw.heat(share, classes, classes, title="% of the row", xlabel="answer",
+                                 ylabel="label")])
 
 
 def wilson(rate, n, level=0.95):
@@ -55,8 +59,10 @@ def reliability_diagram(before, after, label, bins=15):
         keep = table["count"] > 0
         low, high = wilson(table["label"][keep], table["count"][keep])
         series[name] = (table["prob"][keep], table["label"][keep], low, high)
-    top = draw.lines(series, title="reliability", xlabel="probability", ylabel="share of roadwork", size=(640, 420))
-    return draw.sheet([top, draw.hist({"before": before, "after": after}, bins, xlabel="probability", size=(640, 240))],
+    top = draw.lines(series, title="reliability", xlabel="probability", ylabel="share of roadwork",
+                     size=(640, 420))
+    return draw.sheet([top, draw.hist({"before": before, "after": after}, bins, xlabel="probability",
+                                      size=(640, 240))],
                       columns=1)
 
 
@@ -75,9 +81,17 @@ def mcc_curve(curve, threshold, value):
     """MCC against threshold with the chosen one marked, and the four counts beside it."""
     t = curve.threshold
     line = lambda low, high: ([threshold, threshold], [low, high])
-    left = draw.lines({"MCC": (t, curve.mcc), f"best {value:.4f} at {threshold:.4f}": line(min(curve.mcc.min(), 0), value)},
+    best = f"best {value:.4f} at {threshold:.4f}"
+    left = draw.lines({"MCC": (t, curve.mcc), best: line(min(curve.mcc.min(), 0), value)},
                       title="MCC", xlabel="threshold", ylabel="MCC", size=(600, 420))
     top = max(c.max() for c in (curve.tp, curve.tn, curve.fp, curve.fn))
     right = draw.lines({"TP": (t, curve.tp), "TN": (t, curve.tn), "FP": (t, curve.fp), "FN": (t, curve.fn),
                         "chosen": line(0, top)}, title="counts", xlabel="threshold", size=(600, 420))
     return draw.sheet([left, right])
+
+
+def gains(paired):
+    """Paired differences of MCC with their intervals, one bar a phase."""
+    return draw.bars({name: (d["diff"], d["lower"], d["upper"]) for name, d in paired.items()},
+                     title="gain of each phase, test MCC, 95 % group bootstrap", xlabel="difference of MCC",
+                     size=(860, 110 + 34 * max(len(paired), 1)))

@@ -1,7 +1,7 @@
 """Parts for adapting a backbone without labels: gathered negatives, scores, and BYOL and SwAV beside SimCLR.
 
-BYOL 2006.07733: an online network predicts the projection of an averaged copy of itself.  SwAV 2006.09882: one
-view predicts the balanced cluster code of the other.
+BYOL 2006.07733: an online network predicts the projection of an averaged copy of itself.  SwAV 2006.09882:
+one view predicts the balanced cluster code of the other.
 """
 
 import contextlib
@@ -53,7 +53,8 @@ def sinkhorn(score_BK, epsilon=0.05, rounds=3):
 def swav_loss(s1_BK, s2_BK, temperature=0.1, epsilon=0.05):
     """Mean of CE(code of view 1, scores of view 2 / T) and the reverse."""
     q1, q2 = sinkhorn(s1_BK, epsilon), sinkhorn(s2_BK, epsilon)
-    swap = (q1 * F.log_softmax(s2_BK / temperature, 1)).sum(1) + (q2 * F.log_softmax(s1_BK / temperature, 1)).sum(1)
+    swap = (q1 * F.log_softmax(s2_BK / temperature,
+                               1)).sum(1) + (q2 * F.log_softmax(s1_BK / temperature, 1)).sum(1)
     return -0.5 * swap.mean()
 
 
@@ -74,16 +75,27 @@ class Gather(torch.autograd.Function):
 
 
 def gather_with_grad(x_ND):
-    """Rows of all ranks [N * world, D], rank after rank.  Averaged over ranks, the gradients are those of one process."""
+    """Rows of all ranks [N * world, D], rank after rank.  Averaged over ranks, the gradients are those of one
+    process."""
     return Gather.apply(x_ND) if dist.is_initialized() and dist.get_world_size() > 1 else x_ND
+
+
+def average_gradients(params, ddp):
+    """Mean of the gradients over ranks.  By hand, not DDP: GradCache runs backward several times a step."""
+    for p in params if ddp.world > 1 else ():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        dist.all_reduce(p.grad)
+        p.grad /= ddp.world
 
 
 @torch.no_grad()
 def contrast_scores(z1, z2):
-    """alignment mean |z_i - z_pos|^2, uniformity log mean exp(-2 |z_i - z_j|^2), retrieval top-1 among 2N - 1."""
+    """alignment mean |z_i - z_pos|^2, uniformity log mean exp(-2 |z_i - z_j|^2), retrieval top-1 among 2N -
+    1."""
     z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
     score, pair = (z @ z.T).fill_diagonal_(-torch.inf), torch.arange(len(z), device=z.device).roll(len(z1))
-    return dict(align=float((z - z[pair]).square().sum(1).mean()), top1=float((score.argmax(1) == pair).float().mean()),
+    return dict(align=float((z - z[pair]).square().sum(1).mean()),
+                top1=float((score.argmax(1) == pair).float().mean()),
                 uniform=float(F.pdist(z).square().mul(-2).exp().mean().log()))
 
 
@@ -101,13 +113,15 @@ class Objective(nn.Module):
             self.prototypes = nn.Linear(256, prototypes, bias=False)
 
     def alternative(self, f1, f2, target, warm):
-        """BYOL, SwAV or half of each, from features of two views and the averaged network's projections of both."""
+        """BYOL, SwAV or half of each, from features of two views and the averaged network's projections of
+        both."""
         z1, z2 = self.projector(f1), self.projector(f2)
         loss = f1.new_zeros(())
         if self.kind != "swav":
             loss = loss + byol_loss(self.predictor(z1), self.predictor(z2), *target)
         if self.kind != "byol":
-            W = F.normalize(self.prototypes.weight, dim=1)                  # prototypes rest while the codes settle
+            # prototypes rest while the codes settle
+            W = F.normalize(self.prototypes.weight, dim=1)
             s1, s2 = (F.normalize(z, dim=1) @ (W.detach() if warm else W).T for z in (z1, z2))
             loss = loss + swav_loss(s1, s2)
         return loss / (2 if self.kind == "byol_swav" else 1), z1.detach(), z2.detach()
@@ -146,8 +160,8 @@ def each_alone(embed, micro, loss_of, seed):
 def gradcache(embed, micro, loss_of, seed):
     """Backward of loss_of over all micro-batches together, in the memory of one (GradCache, 2101.06983).
 
-    Embed everything without a graph, take the gradient of the loss of the embeddings, then embed each micro-batch
-    again (same seed, hence the same dropout) and push its share of that gradient through.
+    Embed everything without a graph, take the gradient of the loss of the embeddings, then embed each
+    micro-batch again (same seed, hence the same dropout) and push its share of that gradient through.
     """
     leaves = []
     with torch.no_grad():

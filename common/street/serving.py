@@ -10,6 +10,7 @@ import torch
 from scipy.special import softmax
 
 from common import run
+from common.classify import binary_metrics, mcc_sweep
 from common.street import bundle, conformal, fusion
 from common.street.calibrate import Calibrator
 from common.street.subnet import returned
@@ -25,7 +26,8 @@ def autocast(precision, device):
 
 @torch.no_grad()
 def infer(net, samples, device, size, how="square", views=None, precision="auto", workers=0, chunk=64):
-    """Features of all samples, float32 on the CPU: [N, F], or ([N, V, F], boxes [N, V, 4]) when views are wanted.
+    """Features of all samples, float32 on the CPU: [N, F], or ([N, V, F], boxes [N, V, 4]) when views are
+    wanted.
 
     views: dict(source, canvas, grid, overlap) of common.street.views.make_views.
     """
@@ -59,7 +61,8 @@ def probability(logits_NC):
 
 
 def fuse_features(mode, f_NVF, boxes_NV4, net, module=None, mac=False):
-    """Features of all views -> (logits [N, 2], weights [N, V]); module: the trained one, mac: use the second head."""
+    """Features of all views -> (logits [N, 2], weights [N, V]); module: the trained one, mac: use the second
+    head."""
     head = net.head_mac if mac else net.head
     if mode not in fusion.TRAINED:
         return fusion.fuse(mode, head_logits(head, f_NVF), boxes_NV4)
@@ -68,23 +71,55 @@ def fuse_features(mode, f_NVF, boxes_NV4, net, module=None, mac=False):
     return logits, weights
 
 
+def select_threshold_max_mcc(logits_NC: np.ndarray, labels_N: np.ndarray, n_thresholds: int = 5000,
+                             return_curve: bool = False, target_prior: float | None = None,
+                             space: str = "prob") -> tuple:
+    """(tau, mcc, metrics[, curve]) of the rule p >= tau with the highest MCC on a grid; ties: mid-plateau.
+
+    space "logit": thresholds are equally spaced quantiles of the scores, for scores that crowd near 0 or 1.
+    """
+    prob = probability(logits_NC)
+    grid = np.quantile(prob, np.linspace(0, 1, n_thresholds)) if space == "logit" else None
+    found = mcc_sweep(prob, labels_N, n_thresholds, target_prior, grid)
+    row = found["curve"][found["index"]]
+    m = binary_metrics(prob, labels_N, found["threshold"])()
+    keep = ("mcc", "mcc_prior50", "accuracy", "precision", "recall", "f1", "fnr", "fpr")
+    metrics = {k: m[k] for k in keep} | {k: int(row[k]) for k in ("tp", "tn", "fp", "fn")}
+    metrics |= dict(exact_threshold=found["exact_threshold"], exact_mcc=found["exact_mcc"])
+    return (found["threshold"], found["mcc"], metrics) + ((found["curve"],) if return_curve else ())
+
+
+def answers(logits_NC, label_N):
+    """Scores of logits [N, 2] at 0.5; val_mcc_best, at the threshold that suits these samples best, is only
+    logged."""
+    p = probability(logits_NC)
+    m = binary_metrics(p, label_N)()
+    return dict(val_loss=m["nll"], val_acc=m["accuracy"], val_mcc=m["mcc"], val_fnr=m["fnr"],
+                val_fpr=m["fpr"],
+                val_mcc_best=mcc_sweep(p, label_N, 101)["exact_mcc"])
+
+
 # --- logits on disk ----------------------------------------------------------
 
 
 def save_logits(path, net, features_NF, samples, fused=None):
-    """logits [N, 2], labels, features, with MaC-Cal the second head's logits; ids and groups in the metadata."""
+    """logits [N, 2], labels, features, with MaC-Cal the second head's logits; ids and groups in the
+    metadata."""
     heads = {"logits": net.head} | ({"logits_mac": net.head_mac} if net.head_mac is not None else {})
     tensors = fused or {name: head_logits(head, features_NF) for name, head in heads.items()}
-    bundle.save_tensors(path, {**tensors, "labels": torch.from_numpy(samples.labels()), "features": features_NF},
+    bundle.save_tensors(path, {**tensors, "labels": torch.from_numpy(samples.labels()),
+                               "features": features_NF},
                         dict(ids=samples.ids(), groups=samples.groups().tolist()))
 
 
 def read_logits(path, samples=None):
-    """dict(prob, prob_mac or None, label, group, id) of a logits file, float64, cut down to the ids of samples."""
+    """dict(prob, prob_mac or None, label, group, id) of a logits file, float64, cut down to the ids of
+    samples."""
     tensors, meta = bundle.load_tensors(path)
     keep = np.isin(meta["ids"], samples.ids()) if samples is not None else np.ones(len(meta["ids"]), bool)
     prob = {k: probability(v.double())[keep] for k, v in tensors.items() if k.startswith("logits")}
-    return dict(prob=prob["logits"], prob_mac=prob.get("logits_mac"), label=tensors["labels"].numpy()[keep],
+    return dict(logits=tensors["logits"].double().numpy()[keep], prob=prob["logits"],
+                prob_mac=prob.get("logits_mac"), label=tensors["labels"].numpy()[keep],
                 group=np.array(meta["groups"])[keep], id=np.array(meta["ids"])[keep])
 
 
@@ -92,7 +127,8 @@ def read_logits(path, samples=None):
 
 
 class Loose:
-    """Images in hand, with the face of common.street.splits.Samples: one sample, the others are its context."""
+    """Images in hand, with the face of common.street.splits.Samples: one sample, the others are its
+    context."""
 
     def __init__(self, pictures):
         self.pictures = pictures
@@ -108,10 +144,11 @@ class Loose:
 
 
 class Predictor:
-    """A bundle, ready: predictor(image) -> the float to return; predictor.explain(image) -> what is behind it.
+    """A bundle, ready: predictor(image) -> the float to return; predictor.explain(image) -> what is behind
+    it.
 
-    load_model: path of model.safetensors -> module with .features, .head, .head_mac.  context: more frames of the
-    same pass, used when the bundle fuses frames.  Raises run.UserError on an unsound bundle.
+    load_model: path of model.safetensors -> module with .features, .head, .head_mac.  context: more frames of
+    the same pass, used when the bundle fuses frames.  Raises run.UserError on an unsound bundle.
     """
 
     def __init__(self, path, load_model, device="cpu"):
@@ -123,6 +160,8 @@ class Predictor:
         self.params = bundle.read_json(root / self.bundle["policy"]["path"])["scrc_params"]
         self.net = load_model(root / self.bundle["model_checkpoint"])
         self.calibrate = Calibrator.from_json(self.params["calibrator"])
+        self.probes = {Path(p["path"]).stem: load_model(root / p["path"])
+                       for p in (self.bundle.get("probes") or {}).values()}
         self.modules = {}
         if self.bundle["cvfm_weights"]:
             tensors, m = bundle.load_tensors(root / self.bundle["cvfm_weights"])
@@ -131,23 +170,31 @@ class Predictor:
                 own = {k.removeprefix(mode + "."): v for k, v in tensors.items() if k.startswith(mode + ".")}
                 self.modules[mode].load_state_dict(own)
 
-    def features(self, samples, views=True):
+    def features(self, samples, views=True, net=None):
         """infer with the bundle's own settings; the net stays on the CPU between calls."""
-        net = self.net.to(self.device)
+        net = (net or self.net).to(self.device)
         out = infer(net, samples, self.device, self.config["image"], self.config["preprocess"],
                     self.config["views"] if views else None, "fp32")
-        self.net.cpu()
+        net.cpu()
         return out
 
+    def probe(self, name, samples):
+        """P(roadwork) of the logistic regression on a frozen backbone, and its threshold."""
+        net = self.probes[name]
+        f = self.features(samples, views=False, net=net)
+        return probability(head_logits(net.head, f).double()), net.meta["threshold"]
+
     def fused(self, f_NVF, boxes_NV4, mode=None, mac=None):
-        """P(roadwork) before calibration [N] and view weights [N, V] in a fusion mode, the bundle's by default."""
+        """P(roadwork) before calibration [N] and view weights [N, V] in a fusion mode, the bundle's by
+        default."""
         mode = mode or self.bundle["fusion_mode"]
         mac = self.params["head"] == "head_mac" if mac is None else mac
         logits, weights = fuse_features(mode, f_NVF, boxes_NV4, self.net, self.modules.get(mode), mac)
         return probability(logits.double()), weights.numpy()
 
     def policy(self, prob, ids):
-        """Calibrated p, returned float, answer, accepted, sets, surely_none (the FNR rule) of fused probabilities."""
+        """Calibrated p, returned float, answer, accepted, sets, surely_none (the FNR rule) of fused
+        probabilities."""
         p, s = self.calibrate(prob), self.params["selection"]
         tau, t_lo = self.params["decision_threshold"], self.params["fnr"]["t_lo"]
         return dict(p_cal=p, p_out=returned(p, tau), pred=(p >= tau).astype(int),
@@ -159,7 +206,8 @@ class Predictor:
         f, boxes = self.features(Loose([im.convert("RGB") for im in (image, *context)]))
         prob, weights = self.fused(f, boxes)
         out = {k: v[0] for k, v in self.policy(prob, [name]).items()}
-        return dict(p_raw=float(prob[0]), p_cal=float(out["p_cal"]), p_out=float(out["p_out"]), pred=int(out["pred"]),
+        return dict(p_raw=float(prob[0]), p_cal=float(out["p_cal"]), p_out=float(out["p_out"]),
+                    pred=int(out["pred"]),
                     accepted=bool(out["accepted"]), set=[c for c in (0, 1) if out["sets"][c]],
                     surely_none=bool(out["surely_none"]), weights=weights[0].tolist())
 

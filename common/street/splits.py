@@ -1,8 +1,9 @@
-"""Who may see which image: an index of labelled images, hash splits by group, and a store that enforces roles.
+"""Who may see which image: an index of labelled images, hash splits by group, and a store that enforces
+roles.
 
-A group (the frames of one video) falls into a split by the hash of its own name, so adding data moves nothing.
-SplitStore.open is the only door to samples; it checks a table of roles, writes every grant to access_log.jsonl
-and raises LeakageError otherwise.
+A group (the frames of one video) falls into a split by the hash of its own name, so adding data moves
+nothing. SplitStore.open is the only door to samples; it checks a table of roles, writes every grant to
+access_log.jsonl and raises LeakageError otherwise.
 """
 
 import collections
@@ -47,7 +48,8 @@ def read_index(data):
                 for r in read_json(root / "labels.json", list)]
     elif root.is_dir() and (folders := sorted(p for p in root.iterdir() if p.is_dir())):
         if odd := [p.name for p in folders if p.name.lower() not in FOLDERS]:
-            raise UserError(f"{root / odd[0]}: a class folder must be one of {', '.join(FOLDERS)}; or write index.jsonl")
+            raise UserError(f"{root / odd[0]}: a class folder must be one of "
+                            f"{', '.join(FOLDERS)}; or write index.jsonl")
         rows = [dict(path=str(f.relative_to(root)), label=FOLDERS[p.name.lower()])
                 for p in folders for f in sorted(p.rglob("*")) if f.suffix.lower() in EXTENSIONS]
     else:
@@ -82,8 +84,9 @@ def dhash(image):
 
 
 def merge_duplicates(rows, data, distance=4, aspect=0.02):
-    """Join groups that share a file or look alike (dHash within `distance`, aspect ratio within 2 %), in place
-    -> number of joins.  Candidates are found through equal 13-bit pieces: 4 changed bits leave one of 5 whole."""
+    """Join groups that share a file or look alike (dHash within `distance`, aspect ratio within 2 %), in
+    place -> number of joins.  Candidates are found through equal 13-bit pieces: 4 changed bits leave one of 5
+    whole."""
     parent = {r["group"]: r["group"] for r in rows}
 
     def root(g):
@@ -133,16 +136,46 @@ def split_of(group, salt, shares=SHARES):
     return name
 
 
+def assign(rows, mode, salt):
+    """{id: split}.  group: by the hash of the group, so new groups move none.
+
+    hash_stratified: the groups of each class in the order of their hash, cut at quantiles: better balance,
+    but not stable under growth.  official_test: rows with official_split "test" are VAL_TEST, the others are
+    hashed into the other three.  image: frames of one group apart; exists to show what the leak detector
+    finds.
+    """
+    if mode == "image":
+        return {r["id"]: split_of(r["id"], salt) for r in rows}
+    if mode == "group":
+        return {r["id"]: split_of(r["group"], salt) for r in rows}
+    if mode == "official_test":
+        official = {r["group"] for r in rows if r.get("official_split") == "test"}
+        if not official or len(official) == len({r["group"] for r in rows}):
+            raise UserError("split_mode official_test needs rows with official_split test, and others")
+        rest = 1 - SHARES["VAL_TEST"]
+        three = {name: share / rest for name, share in SHARES.items() if name != "VAL_TEST"}
+        return {r["id"]: "VAL_TEST" if r["group"] in official else split_of(r["group"], salt, three)
+                for r in rows}
+    positive, place = {r["group"] for r in rows if r["label"]}, {}
+    for members in (positive, {r["group"] for r in rows} - positive):
+        order, end, low = sorted(members, key=lambda g: unit(salt, g)), 0.0, 0
+        for name, share in SHARES.items():
+            end += share
+            high = round(end * len(order))
+            place |= dict.fromkeys(order[low:high], name)
+            low = high
+    return {r["id"]: place[r["group"]] for r in rows}
+
+
 def make_splits(rows, mode="group", images=20, groups=5, tries=50):
     """Assign every row -> dict for splits.json: salt, shares, counts, warning, split of every id.
 
     Salts "0", "1", ... are tried until every split holds `images` images and `groups` groups of each class.
-    mode "image" splits frames of one group apart: it exists to show what the leak detector finds.
+    mode: "group", "hash_stratified", "official_test", "image", see assign.
     """
-    unit_of = (lambda r: r["group"]) if mode == "group" else (lambda r: r["id"])
     best = None
     for salt in map(str, range(tries)):
-        split = {r["id"]: split_of(unit_of(r), salt) for r in rows}
+        split = assign(rows, mode, salt)
         members = collections.defaultdict(list)
         for r in rows:
             members[split[r["id"]], r["label"]].append(r["group"])
@@ -154,8 +187,8 @@ def make_splits(rows, mode="group", images=20, groups=5, tries=50):
             break
     short, salt, split = best
     counts = collections.Counter(split.values())
-    warning = None if not short else (f"no salt of {tries} gives every split {images} images and {groups} groups of "
-                                      "each class; intervals and guarantees will be weak")
+    warning = None if not short else (f"no salt of {tries} gives every split {images} images and {groups} "
+                                      "groups of each class; intervals and guarantees will be weak")
     return dict(schema="streetvision/splits@1", salt=salt, shares=SHARES, mode=mode, warning=warning,
                 counts={name: counts[name] for name in SHARES}, split=split,
                 group={r["id"]: r["group"] for r in rows})
@@ -173,7 +206,8 @@ def leaks(splits):
 
 
 class Samples:
-    """A granted set of rows.  image(i) decodes one; labels() and row["label"] exist only if labels were granted."""
+    """A granted set of rows.  image(i) decodes one; labels() and row["label"] exist only if labels were
+    granted."""
 
     def __init__(self, rows, data, frozen_model=None):
         self.rows, self.data, self.frozen_model = rows, Path(data), frozen_model
@@ -220,7 +254,8 @@ class SplitStore:
         self.rows = read_index(data)
         unknown = [r["id"] for r in self.rows if r["id"] not in self.splits["split"]]
         if unknown:
-            raise UserError(f"{unknown[0]} is not in {path}; make the splits anew or give the data they were made of")
+            raise UserError(f"{unknown[0]} is not in {path}; "
+                            "make the splits anew or give the data they were made of")
         self.grants = []
 
     def part(self, split):
@@ -232,8 +267,8 @@ class SplitStore:
                 and low <= unit(salt, group[r["id"]]) < high]
 
     def open(self, split, phase, purpose, checkpoint=None, sha256=None, model=None):
-        """Samples of `split` for `phase`.  purpose infer_frozen: checkpoint must exist with this sha256, and its
-        images come only while `model` is in eval mode and gradients are off."""
+        """Samples of `split` for `phase`.  purpose infer_frozen: checkpoint must exist with this sha256, and
+        its images come only while `model` is in eval mode and gradients are off."""
         if purpose not in self.roles.get((phase, split), ()):
             raise LeakageError(f"{phase} must not open {split} for {purpose}")
         if purpose == "infer_frozen":
@@ -260,7 +295,8 @@ def check_access_log(run, split="VAL_TEST", phase="evaluate"):
     for line in path.read_text().splitlines() if path.is_file() else ():
         grant = json.loads(line)
         if grant["split"] == split and grant["phase"] != phase:
-            raise LeakageError(f"{split} was opened by {grant['phase']} at {grant['time']}; no honest test is left")
+            raise LeakageError(f"{split} was opened by {grant['phase']} at {grant['time']}; "
+                               "no honest test is left")
 
 
 def write_splits(rows, run, mode="group"):

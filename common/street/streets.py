@@ -1,8 +1,9 @@
 """Procedural street scenes with and without roadwork: a data set that a laptop draws in seconds.
 
 A scene is a group: a few frames of one street while the camera moves forward.  Positive scenes hold cones,
-barrels, barrier boards or diamond signs; every scene holds look-alikes in the same colours, so colour alone does
-not tell.  Style B (night, pale, noisy) is the domain shift.  One scene is a function of (seed, scene, style).
+barrels, barrier boards or diamond signs; every scene holds look-alikes in the same colours, so colour alone
+does not tell.  Style B (night, pale, noisy) is the domain shift.  One scene is a function of (seed, scene,
+style).
 
     image = frame(seed=0, scene=7, index=1)[0]        PIL RGB, 160 x 160
 """
@@ -15,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
-ORANGE, WHITE, RED, BLACK, YELLOW = (245, 120, 25), (240, 240, 235), (200, 35, 35), (25, 25, 25), (235, 200, 40)
+ORANGE, WHITE, RED, BLACK, YELLOW = (245, 120, 25), (240, 240,
+                                                     235), (200, 35, 35), (25, 25, 25), (235, 200, 40)
 POSITIVE = ("cone", "barrel", "barrier", "worksign")
 NEGATIVE = ("car", "van", "awning", "tree", "yellowsign", "stop")
 CITIES = ("north", "river", "hill", "port", "mill")
@@ -27,7 +29,8 @@ def _box(pen, x, y, w, h, colour):
 
 
 def _cone(pen, x, y, s, shade):
-    pen.polygon([(x - 0.3 * s, y), (x + 0.3 * s, y), (x + 0.05 * s, y - s), (x - 0.05 * s, y - s)], shade(ORANGE))
+    pen.polygon([(x - 0.3 * s, y), (x + 0.3 * s, y), (x + 0.05 * s, y - s), (x - 0.05 * s, y - s)],
+                shade(ORANGE))
     pen.polygon([(x - 0.19 * s, y - 0.4 * s), (x + 0.19 * s, y - 0.4 * s), (x + 0.13 * s, y - 0.65 * s),
                  (x - 0.13 * s, y - 0.65 * s)], shade(WHITE))
     _box(pen, x, y + 0.08 * s, 0.8 * s, 0.1 * s, shade((200, 90, 15)))
@@ -63,7 +66,8 @@ def _car(pen, x, y, s, shade, colour=ORANGE, high=0.8):
     _box(pen, x, y - 0.15 * s, 1.7 * s, high * s, shade(colour))
     _box(pen, x, y - 0.5 * s, 1.2 * s, 0.3 * s, shade((60, 70, 85)))
     for side in (-0.5, 0.5):
-        pen.ellipse((x + side * s - 0.2 * s, y - 0.35 * s, x + side * s + 0.2 * s, y + 0.05 * s), shade(BLACK))
+        pen.ellipse((x + side * s - 0.2 * s, y - 0.35 * s, x + side * s + 0.2 * s, y + 0.05 * s),
+                    shade(BLACK))
 
 
 def _thing(pen, kind, x, y, s, shade, pick):
@@ -95,7 +99,8 @@ def _thing(pen, kind, x, y, s, shade, pick):
 
 
 def layout(seed, scene, style="A", prior=0.5):
-    """What stands in a scene, before any frame: dict(label, things [(kind, side, depth, pick)], sky, night, ...)."""
+    """What stands in a scene, before any frame: dict(label, things [(kind, side, depth, pick)], sky, night,
+    ...)."""
     rng = random.Random(hashlib.sha256(f"{seed}/{scene}/{style}".encode()).digest())
     label = int(rng.random() < prior)
     things = [(rng.choice(NEGATIVE), rng.uniform(-1, 1), rng.uniform(0.1, 0.95), rng.random())
@@ -135,7 +140,8 @@ def frame(seed, scene, index, style="A", size=160, prior=0.5):
     middle = size / 2 + shift
     pen.polygon([(middle - 0.03 * size, high), (middle + 0.03 * size, high), (middle + 0.62 * size, size),
                  (middle - 0.62 * size, size)], (88, 88, 92))
-    for k in range(7):                                                      # the dashes run towards the camera
+    # the dashes run towards the camera
+    for k in range(7):
         z0 = (k + 0.3 * index) / 7 % 1
         y0, y1 = (high + (size - high) * z ** 1.5 for z in (z0, min(z0 + 0.06, 1)))
         wide = (0.004 + 0.016 * z0) * size
@@ -155,14 +161,16 @@ def frame(seed, scene, index, style="A", size=160, prior=0.5):
     image = ImageEnhance.Brightness(image).enhance(dim).filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.6)))
     noise = np.random.default_rng(rng.getrandbits(64)).normal(0, plan["noise"], (size, size, 3))
     image = Image.fromarray((np.asarray(image, np.float32) + noise).clip(0, 255).round().astype(np.uint8))
-    facts = dict(label=plan["label"], style=style, night=plan["night"], weather=plan["weather"], city=plan["city"],
+    facts = dict(label=plan["label"], style=style, night=plan["night"], weather=plan["weather"],
+                 city=plan["city"],
                  daytime="night" if plan["night"] else "day", boxes=boxes,
                  largest_px=round(max([b[3] - b[1] for b in boxes], default=0.0) / 2, 1))
     return image, facts
 
 
 def write(out, scenes=700, frames=3, size=160, seed=0, prior=0.5, shift=60, min_visible_px=3.0):
-    """Draw a data set: out/index.jsonl, out/images/*.jpg, and out/shift/ (style B, never for fitting) -> counts."""
+    """Draw a data set: out/index.jsonl, out/images/*.jpg, and out/shift/ (style B, never for fitting) ->
+    counts."""
     out, counts = Path(out), {}
     for style, number, root in (("A", scenes, out), ("B", shift, out / "shift")):
         if not number:
@@ -180,6 +188,7 @@ def write(out, scenes=700, frames=3, size=160, seed=0, prior=0.5, shift=60, min_
                 rows.append(dict(path=name, group=f"{style}{scene:05d}", frame=k, width=size, height=size,
                                  source=style, **facts))
         text = "".join(json.dumps(r, sort_keys=True) + "\n" for r in rows)
-        (root / "index.jsonl").write_text(text)                             # last: its presence means complete
+        # last: its presence means complete
+        (root / "index.jsonl").write_text(text)
         counts["shift" if style == "B" else "images"] = len(rows)
     return counts

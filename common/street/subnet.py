@@ -1,4 +1,5 @@
-"""The competition's side: how its validator distorts an image, how it rewards, and the number a miner returns.
+"""The competition's side: how its validator distorts an image, how it rewards, and the number a miner
+returns.
 
 Facts from github.com/natixnetwork/streetvision-subnet at 28a1755: image_transforms.py, reward.py,
 miner_performance_tracker.py.  The cut is fixed at 0.5, labels are balanced, and abstaining earns nothing.
@@ -33,7 +34,8 @@ def natix_perturb(image, level, rng, size=224):
         side = max(1, min(round((image.width * image.height * rng.uniform(0.2, 1.0)) ** 0.5), *image.size))
         left, top = (int(rng.integers(n - side + 1)) for n in image.size)
         image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.BILINEAR)
-    strength = {2: 2, 3: 3}.get(level, 1)                                   # each operation draws 0 .. strength - 1
+    # each operation draws 0 .. strength - 1
+    strength = {2: 2, 3: 3}.get(level, 1)
     saturation, contrast, codec, noise, blur = (
         int(rng.integers(strength if k < 3 or level == 3 else 1)) for k in range(5))
     x = np.asarray(image.convert("YCbCr"), np.float32)
@@ -54,7 +56,8 @@ def natix_perturb(image, level, rng, size=224):
         at = torch.arange(kernel) - kernel // 2
         taps = torch.exp(-0.5 * (at / (kernel / 6)) ** 2)
         taps /= taps.sum()
-        y = F.pad(torch.from_numpy(np.array(image)).permute(2, 0, 1).float()[:, None], [kernel // 2] * 4, "reflect")
+        y = F.pad(torch.from_numpy(np.array(image)).permute(2, 0, 1).float()[:, None], [kernel // 2] * 4,
+                  "reflect")
         y = F.conv2d(F.conv2d(y, taps.view(1, 1, 1, -1)), taps.view(1, 1, -1, 1))[:, 0]
         image = Image.fromarray(_bytes(y.permute(1, 2, 0).numpy()))
     buffer = io.BytesIO()
@@ -71,7 +74,8 @@ def _rgb(ycbcr):
 
 
 def returned(prob, threshold):
-    """The float to return: sigma(logit p - logit tau), increasing in p, above 0.5 exactly where p >= tau; never 0.5.
+    """The float to return: sigma(logit p - logit tau), increasing in p, above 0.5 exactly where p >= tau;
+    never 0.5.
 
     prob: number or array in [0, 1].
     """
@@ -82,7 +86,8 @@ def returned(prob, threshold):
 
 
 def natix_reward(prediction_N, label_N):
-    """(0.5 MCC of the last 100 + 0.5 accuracy of the last 10)^3, MCC floored at 0; predictions of -1 do not count.
+    """(0.5 MCC of the last 100 + 0.5 accuracy of the last 10)^3, MCC floored at 0; predictions of -1 do not
+    count.
 
     Hard answers are numpy.round of the number, so exactly 0.5 means no roadwork.
     """
@@ -99,7 +104,8 @@ def natix_reward(prediction_N, label_N):
 
 
 def simulate_reward(prediction_N, label_N, windows=2000, seed=0):
-    """Reward of `windows` histories of 100 images, labels balanced as in the competition -> dict(mean, p5, p95).
+    """Reward of `windows` histories of 100 images, labels balanced as in the competition -> dict(mean, p5,
+    p95).
 
     Images are drawn with replacement within a class; None when a class is absent.
     """
@@ -113,4 +119,5 @@ def simulate_reward(prediction_N, label_N, windows=2000, seed=0):
         label = rng.integers(0, 2, 100)
         pick = np.where(label, rng.choice(classes[1], 100), rng.choice(classes[0], 100))
         rewards.append(natix_reward(p[pick], label))
-    return dict(mean=float(np.mean(rewards)), p5=float(np.quantile(rewards, 0.05)), p95=float(np.quantile(rewards, 0.95)))
+    return dict(mean=float(np.mean(rewards)), p5=float(np.quantile(rewards, 0.05)),
+                p95=float(np.quantile(rewards, 0.95)))

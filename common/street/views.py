@@ -35,7 +35,8 @@ def resized(image, size, how="square"):
     if how == "letterbox":
         image = letterbox(image, size)[0]
     x_CHW, (w, h) = normalised(image), image.size
-    if how == "shorter_crop":                                               # DINOv3's own evaluation transform
+    # DINOv3's own evaluation transform
+    if how == "shorter_crop":
         short = round(size * 256 / 224)
         w, h = (short, round(h * short / w)) if w < h else (round(w * short / h), short)
         x_CHW = F.interpolate(x_CHW[None], (h, w), mode="bicubic", antialias=True)[0]
@@ -53,7 +54,8 @@ def stack(make, indices, workers=0):
 
 
 def step_indices(n, per_step, step, seed):
-    """The samples of a step (1-based): epochs are permutations of (seed, epoch), so resuming needs no state."""
+    """The samples of a step (1-based): epochs are permutations of (seed, epoch), so resuming needs no
+    state."""
     epoch, k = divmod(step - 1, max(1, math.ceil(n / per_step)))
     order = np.random.default_rng([seed, epoch]).permutation(n)
     return epoch, order[k * per_step:(k + 1) * per_step]
@@ -62,7 +64,8 @@ def step_indices(n, per_step, step, seed):
 def make_views(samples, i, S, how="square", source="tiles", canvas=0, grid=3, overlap=0.15):
     """Views of sample i -> (x [V, 3, S, S], boxes [V, 4] in pixels): the whole image first.
 
-    tiles: grid x grid overlapping tiles of it; frames: two more frames of its group, or itself when there are none.
+    tiles: grid x grid overlapping tiles of it; frames: two more frames of its group, or itself when there are
+    none.
     """
     image = samples.image(i)
     if source == "frames":
@@ -82,4 +85,5 @@ def make_views(samples, i, S, how="square", source="tiles", canvas=0, grid=3, ov
                           min(box[2], round(x + w * (1 + overlap))),
                           min(box[3], round(y + h * (1 + overlap)))))
     whole = resized(samples.image(i), S, how) if not canvas else resized(image.crop(box), S)
-    return torch.stack([whole] + [resized(image.crop(b), S) for b in boxes[1:]]), torch.tensor(boxes, dtype=torch.float32)
+    return torch.stack([whole] + [resized(image.crop(b), S)
+                                  for b in boxes[1:]]), torch.tensor(boxes, dtype=torch.float32)

@@ -1,4 +1,5 @@
-"""streetvision.py and its common files against transformers, peft, torchvision, scikit-learn and torchmetrics."""
+"""streetvision.py and its common files against transformers, peft, torchvision, scikit-learn and
+torchmetrics."""
 
 import itertools
 
@@ -15,8 +16,10 @@ torch.set_num_threads(1)
 
 def hf_model(gated, **more):
     hf = pytest.importorskip("transformers")
-    config = hf.DINOv3ViTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, patch_size=8,
-                                num_register_tokens=4, use_gated_mlp=gated, hidden_act="silu" if gated else "gelu",
+    config = hf.DINOv3ViTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                intermediate_size=96, patch_size=8,
+                                num_register_tokens=4, use_gated_mlp=gated,
+                                hidden_act="silu" if gated else "gelu",
                                 layerscale_value=0.7, image_size=64, **more)
     torch.manual_seed(0)
     return hf.DINOv3ViTModel(config).eval()
@@ -31,7 +34,8 @@ def test_vit_equals_transformers_on_a_wide_image(tmp_path, gated):
         want, got = net(x), vit(x)
     assert torch.allclose(got["cls"], want.pooler_output, atol=1e-5)         # float32 rounding; 2e-6 seen
     assert torch.allclose(got["patches"], want.last_hidden_state[:, 5:], atol=1e-5)
-    run.save_weights(tmp_path / "again.safetensors", net.state_dict(), {})   # the prefix model.layer.N of state_dict
+    # the prefix model.layer.N of state_dict
+    run.save_weights(tmp_path / "again.safetensors", net.state_dict(), {})
     assert torch.equal(sv.ViT.load(tmp_path / "again.safetensors", 4)(x)["cls"], got["cls"])
 
 
@@ -52,7 +56,8 @@ def test_explora_checkpoint_goes_back_into_transformers(tmp_path):
     assert torch.allclose(net(x).pooler_output, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind, rslora, init", list(itertools.product(("lora", "dora"), (False, True), (True, "gaussian", "pissa"))))
+@pytest.mark.parametrize("kind, rslora, init", list(itertools.product(("lora", "dora"), (False, True),
+                                                                      (True, "gaussian", "pissa"))))
 def test_adapters_equal_peft(kind, rslora, init):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -67,13 +72,15 @@ def test_adapters_equal_peft(kind, rslora, init):
 
         def forward(self, x):
             return self.q(x)
-    theirs = peft.get_peft_model(Net(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q"], use_rslora=rslora,
+    theirs = peft.get_peft_model(Net(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q"],
+                                                        use_rslora=rslora,
                                                         use_dora=kind == "dora", init_lora_weights=init))
     sv.adapt(ours, kind, 4, 8.0, rslora, {True: "default"}.get(init, init), ("q",))
     layer, x = theirs.base_model.model.q, torch.randn(7, 24)
     assert torch.allclose(ours["q"](x), theirs(x), atol=1e-5)                # the start
     with torch.no_grad():
-        if init == "pissa":                                                  # singular vectors have a free sign
+        # singular vectors have a free sign
+        if init == "pissa":
             product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
             assert torch.allclose(ours["q"].B @ ours["q"].A, product, atol=1e-5)
             ours["q"].weight.copy_(layer.base_layer.weight)
@@ -97,10 +104,12 @@ def v2():
 def test_trivial_augment_and_rand_augment_equal_torchvision_pixel_by_pixel(v2):
     for seed in range(120):
         image = streets.frame(0, seed % 7, 0, size=64)[0]
-        for theirs, ours in ((v2.TrivialAugmentWide(), augment.trivial_augment_wide), (v2.RandAugment(), augment.rand_augment)):
+        for theirs, ours in ((v2.TrivialAugmentWide(), augment.trivial_augment_wide),
+                             (v2.RandAugment(), augment.rand_augment)):
             torch.manual_seed(seed)
             want = np.asarray(theirs(image))
-            assert np.array_equal(np.asarray(ours(image, torch.Generator().manual_seed(seed))), want), (theirs, seed)
+            assert np.array_equal(np.asarray(ours(image, torch.Generator().manual_seed(seed))),
+                                  want), (theirs, seed)
 
 
 def test_augmix_is_within_a_grey_level_of_torchvision(v2):
@@ -110,7 +119,8 @@ def test_augmix_is_within_a_grey_level_of_torchvision(v2):
         torch.manual_seed(seed)
         want = np.asarray(TF.to_pil_image(v2.AugMix()(TF.pil_to_tensor(image)))).astype(float)
         got = np.asarray(augment.aug_mix(image, torch.Generator().manual_seed(seed))).astype(float)
-        assert np.abs(got - want).mean() < 1                                 # it works on tensors, we on Pillow images
+        # it works on tensors, we on Pillow images
+        assert np.abs(got - want).mean() < 1
 
 
 def test_crop_and_blur_equal_torchvision(v2):
@@ -118,7 +128,8 @@ def test_crop_and_blur_equal_torchvision(v2):
         image = streets.frame(0, seed, 0, size=80)[0].resize((80, 60))
         torch.manual_seed(seed)
         want = v2.RandomResizedCrop(32, (0.2, 1.0))(image)
-        assert np.array_equal(np.asarray(augment.resized_crop(image, torch.Generator().manual_seed(seed), 32, (0.2, 1.0))), want)
+        assert np.array_equal(np.asarray(augment.resized_crop(image, torch.Generator().manual_seed(seed), 32,
+                                                              (0.2, 1.0))), want)
     want = np.asarray(v2.functional.gaussian_blur(image, [5, 5], [1.2, 1.2])).astype(int)
     assert np.abs(np.asarray(augment.gaussian_blur(image, 5, 1.2)).astype(int) - want).max() <= 1
 
@@ -165,6 +176,7 @@ def test_scores_equal_scikit_learn_under_bootstrap_weights():
     got = scorecard.score(p, y, 0.4, np.arange(200), 0, 0)["metrics"]
     hard = p >= 0.4
     want = dict(mcc=m.matthews_corrcoef(y, hard), f1=m.f1_score(y, hard), roc_auc=m.roc_auc_score(y, p),
-                average_precision=m.average_precision_score(y, p), brier=m.brier_score_loss(y, p), nll=m.log_loss(y, p))
+                average_precision=m.average_precision_score(y, p), brier=m.brier_score_loss(y, p),
+                nll=m.log_loss(y, p))
     for name, value in want.items():
         assert got[name] == pytest.approx(value, abs=1e-8), name
