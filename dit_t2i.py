@@ -58,7 +58,7 @@ class Config:
     json: bool = opt(False, "plan as one JSON object", free=True)
     # data and VAE
     size: int = opt(32, "pixels a side in training; buckets keep this area")
-    pool: int = opt(24_000, "scenes drawn for training")
+    pool: int = opt(40_000, "scenes drawn for training")
     bucket_step: int = opt(0, "sides of buckets are multiples of this; 0: about an eighth of --size")
     vae: str = opt("", "public VAE, file or folder; empty: train a small one")
     vae_steps: int = opt(4000, "steps of the small VAE")
@@ -84,7 +84,7 @@ class Config:
     zero_snr: bool = opt(False, "VP schedules: no signal at the last step; needs --prediction v or x0")
     t_mean: float = opt(0.8, "logit-normal noise level: mean; high noise decides layout")
     t_std: float = opt(0.8, "its standard deviation")
-    train_steps: int = opt(7500, "optimizer steps of the transformer")
+    train_steps: int = opt(11_000, "optimizer steps of the transformer")
     batch: int = opt(64, "pictures a step, all ranks together")
     lr: float = opt(1.5e-3, "peak learning rate")
     warmup: int = opt(200, "steps of linear warm-up")
@@ -94,7 +94,8 @@ class Config:
     clip: float = opt(1.0, "gradient norm bound")
     fsdp: bool = opt(False, "shard parameters and optimizer over ranks (FSDP2) instead of DDP")
     save_every: int = opt(500, "steps between checkpoints", free=True)
-    eval_every: int = opt(1000, "steps between scores on held-out captions", free=True)
+    eval_every: int = opt(1000, "steps between scores on validation captions", free=True)
+    validate: int = opt(400, "validation pictures a guidance scale, when training chooses one", free=True)
     # sample
     model: str = opt("", "public model, or a run directory; empty: --out", free=True)
     text: str = opt("", "folder of text encoders and tokenizers the model does not hold", free=True)
@@ -132,7 +133,7 @@ PRESETS = {
     "scenes": dict(paper="-", expect={}, set={}),            # 45 minutes on two cores
     "smoke": dict(paper="-", expect={}, set=dict(
         train_steps=20, vae_steps=20, pool=256, width=32, depth=2, text_depth=1, vae_width=8, warmup=5,
-        batch=16, eval_every=20, sample_steps=4)),
+        batch=16, eval_every=20, sample_steps=4, validate=8)),
     "pixart_xl": dict(paper="PixArt-alpha table 1, PixArt-XL/2", expect={}, set=dict(
         vae="sd-vae-ft-mse", width=1152, depth=28, heads=16, size=256, text_len=64, text_depth=12, batch=256,
         lr=1e-4, ema=0.9999, mod="adaln_single", train_steps=400_000, warmup=1000, t_mean=0.0, t_std=1.0)),
@@ -730,8 +731,8 @@ def load_latents(cfg, vae, buckets, device):
     return captions.cached(source, vae, device, Path(cfg.out, "latents"), cfg.vae or f"tiny {vae.scale!r}")
 
 
-def held_out_scenes(cfg, count):
-    return scenes.scenes(count, cfg.seed + 1, held_out=True, size=cfg.size)
+def new_scenes(cfg, count, part="validation"):
+    return scenes.scenes(count, cfg.seed + 1, part, size=cfg.size)
 
 
 # --- train --------------------------------------------------------------
@@ -752,7 +753,7 @@ def parallel(net, cfg, ddp):
 def train_vae(cfg, ddp, log, buckets):
     """Small VAE: L1 pixels + kl KL; scale and shift, measured at the end, bring latents to unit variance."""
     vae = TinyVAE(cfg.vae_width, cfg.latent).to(ddp.device)
-    optim = torch.optim.AdamW(vae.parameters(), cfg.vae_lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optim = torch.optim.AdamW(vae.parameters(), cfg.vae_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     state, folder = dict(vae=vae, optim=optim), str(Path(cfg.out, "vae"))
     start = run.load(folder, state, ddp)
     model = parallel(vae, cfg, ddp)
@@ -776,7 +777,7 @@ def train_vae(cfg, ddp, log, buckets):
     with torch.no_grad():
         z = torch.cat([vae.encode(to_images(b.pixels[:512]).to(ddp.device))[0].flatten() for b in buckets])
         vae.stats.copy_(torch.stack([1 / z.std(), z.mean()]))
-        test, texts = (buckets[0].pixels[:256], None) if cfg.data else held_out_scenes(cfg, 256)
+        test, texts = (buckets[0].pixels[:256], None) if cfg.data else new_scenes(cfg, 256)
         seen = to_pixels(vae.decode(vae.encode(to_images(test).to(ddp.device))[0]))
     mse = ((seen.astype(float) - test) ** 2).mean((1, 2, 3))
     judged = {f"judge_{k}": v for k, v in scenes.judge_all(seen, texts).items()} if texts else {}
@@ -798,7 +799,7 @@ def build(cfg, words, channels, ddp):
     groups = [dict(params=[p for p in net.parameters() if (p.ndim >= 2) == matrix],
                    weight_decay=0.01 * matrix)
               for matrix in (True, False)]
-    return net, ema, torch.optim.AdamW(groups, cfg.lr, betas=(0.9, 0.99))
+    return net, ema, torch.optim.AdamW(groups, cfg.lr, betas=(0.9, 0.99), fused=True)
 
 
 def train(cfg):
@@ -821,6 +822,7 @@ def train(cfg):
         state, ranked = {}, dict(shard=shards.Sharded(net, ema, optim))
     start = run.load(cfg.out, state, ddp, ranked)
     model = parallel(net, cfg, ddp)
+    judged = not (cfg.data or cfg.fsdp) and ddp.rank == 0
     total, clock = 0.0, time.time()
     for step in run.progress(start, steps, ddp):
         run.seed_all(cfg.seed, ddp.rank, step, 2)
@@ -854,15 +856,16 @@ def train(cfg):
             log("train", step=step, loss=total / (1 if step == 1 else 100), norm=norm.item(), lr=group["lr"],
                 img_s=cfg.batch * (step - start) / (time.time() - clock), cpu_s=time.process_time())
             total = 0.0
-        if not (cfg.data or cfg.fsdp) and ddp.rank == 0 and (step % cfg.eval_every == 0 or step == 1):
+        if judged and (step % cfg.eval_every == 0 or step == 1):
             scores, made = score(cfg, Trained(ema, vae, words, process), 64 if step > 1 else 8, 2.0)
             log("eval", step=step, **scores)
             draw.save(draw.grid(made[:32], columns=8, scale=3), Path(cfg.out, "samples", f"{step:06d}.png"))
         run.save_if_due(cfg.out, step, steps, cfg.save_every, state, ddp, ranked)
     weights = shards.full_state(ema)
     if ddp.rank == 0:
+        scale = choose_scale(cfg, Trained(ema, vae, words, process), log) if judged else 2.0
         meta = dict(kind="captioned_dit", config=dataclasses.asdict(cfg), words=words.vocabulary,
-                    channels=buckets[0].mean.shape[1])
+                    channels=buckets[0].mean.shape[1], guidance=scale)
         run.save_weights(Path(cfg.out, "ema.safetensors"), weights, meta)
     log.finish()
 
@@ -878,11 +881,12 @@ class Trained:
     words: Words
     process: Process
     size: int = 32
+    guidance: float = 2.0
     family: str = "own"
 
     def __post_init__(self):
         self.net, flow = self.model.dit, self.process.space == "flow"
-        self.defaults = dict(sampler="dpmpp_2m", grid="flow" if flow else "trailing", cfg=2.0, steps=20,
+        self.defaults = dict(sampler="dpmpp_2m", grid="flow" if flow else "trailing", cfg=self.guidance, steps=20,
                              shift=1.0, size=self.size)
 
     @torch.no_grad()
@@ -906,7 +910,8 @@ def load_model(cfg, device):
         net, vae = (m.to(device).eval().requires_grad_(False) for m in (net, vae))
         if cfg.quantise:
             memory.quantise(net, cfg.quantise, skip=public.KEEP)
-        return Trained(net, vae, words, Process(old.schedule, old.prediction, old.zero_snr), old.size)
+        return Trained(net, vae, words, Process(old.schedule, old.prediction, old.zero_snr), old.size,
+                       meta.get("guidance", 2.0))
     if not cfg.model:
         raise run.UserError(f"no weights in {path}; train first, or name a model with --model")
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[cfg.dtype]
@@ -991,15 +996,26 @@ def generate(model, prompts, cfg, device, seeds, shape, init=None, mask=None, pr
 # --- evaluate -----------------------------------------------------------
 
 
-def score(cfg, model, count, scale, batch=64):
-    """Held-out captions -> (judged fractions, pixels); picture k uses seed k."""
-    _, texts = held_out_scenes(cfg, count)
+SCALES = (1.5, 2.0, 2.5, 3.0, 4.0)
+
+
+def score(cfg, model, count, scale, part="validation", batch=64):
+    """Captions never trained on -> (judged fractions, pixels); picture k uses seed k."""
+    _, texts = new_scenes(cfg, count, part)
     device = next(model.net.parameters()).device
     cfg = dataclasses.replace(cfg, cfg=scale, steps=0, preview=0, offload="none", compile=False)
     parts = [range(i, min(i + batch, count)) for i in range(0, count, batch)]
     made = np.concatenate([generate(model, [texts[k] for k in part], cfg, device, list(part), (cfg.size,) * 2)
                            for part in parts])
     return scenes.judge_all(made, texts), made
+
+
+def choose_scale(cfg, model, log):
+    """The guidance scale with most scenes exact on the validation captions; the test captions stay unseen."""
+    rows = {scale: score(cfg, model, cfg.validate, scale)[0] for scale in SCALES}
+    for scale, row in rows.items():
+        log("validation", scale=scale, n=cfg.validate, **row)
+    return max(rows, key=lambda scale: (rows[scale]["exact"], -scale))
 
 
 def sample(cfg):
@@ -1012,22 +1028,23 @@ def sample(cfg):
 
 
 def evaluate(cfg, count=1000):
-    """Composition on held-out captions: the judge on real renders, then pictures with guidance off and on."""
+    """Composition on the test captions: the judge on real renders, then pictures with guidance off and on."""
     device = run.init(cfg.device).device
     model = load_model(cfg, device)
     if model.family != "own":
         raise run.UserError("evaluate scores a model trained on the scenes; use sample for a public one")
-    real, texts = held_out_scenes(cfg, count)
+    real, texts = new_scenes(cfg, count, "test")
     rows, panels = dict(real_renders=scenes.judge_all(real, texts)), {}
-    for name, scale in (("guidance_off", 1.0), ("guidance_on", cfg.cfg if cfg.cfg >= 0 else 2.0)):
-        rows[name], made = score(cfg, model, count, scale)
+    chosen = cfg.cfg if cfg.cfg >= 0 else model.defaults["cfg"]
+    for name, scale in (("guidance_off", 1.0), ("guidance_on", chosen)):
+        rows[name], made = score(cfg, model, count, scale, "test")
         panels[name] = draw.grid(made[:48], columns=8, scale=3)
     for name, row in rows.items():
         print(f"{name:<14}" + "  ".join(f"{k} {v:.3f}" for k, v in row.items()))
     draw.save(draw.sheet(panels), Path(cfg.out, "samples", "evaluate.png"))
-    write_atomic(Path(cfg.out, "evaluate.json"), json.dumps(dict(count=count, **rows), indent=1).encode())
+    write_atomic(Path(cfg.out, "evaluate.json"), json.dumps(dict(count=count, scale=chosen, **rows), indent=1).encode())
     if Path(cfg.out, "log.jsonl").exists():                 # scores of a run belong to its log too
-        run.record(cfg.out, "eval", n=count, **rows["guidance_on"])
+        run.record(cfg.out, "eval", n=count, scale=chosen, **rows["guidance_on"])
 
 
 # --- tools --------------------------------------------------------------
