@@ -538,7 +538,7 @@ def test_quantised_models_are_small_and_close(tmp_path):
     want, full = net(x, t, text=text), memory.size_bytes(net)
     # int8: 0.5 % is the bound; fp8 keeps 3 mantissa bits, 2.6 % a layer
     for kind, bound in (("int8", 5e-3), ("fp8", 5e-2)):
-        small = memory.quantise(wide_net(), kind, skip=public.KEEP)
+        small = memory.quantise(wide_net(), kind, skip=memory.KEEP)
         error = float((small(x, t, text=text) - want).norm() / want.norm())
         assert error < bound, (kind, error)
         assert memory.size_bytes(small) < 0.3 * full
