@@ -22,22 +22,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common import draw, run
 from common.t2i import captions, memory, pictures, public, scenes, shards, studio
-from common.t2i.dit_blocks import (MLP, Attention, CrossAttention, modulate, norm, patches_to_image, rope_2d,
-                               sincos_2d,
-                           time_features)
-from common.t2i.captions import Words, to_images, to_pixels
 from common.ckpt import write_atomic
-from common.t2i.clip import CLIPTextEncoder, CLIPTokenizer  # noqa: F401  (for importers, as the next two)
 from common.run import opt
-from common.t2i.safety import SafetyChecker  # noqa: F401
-from common.t2i.t5 import T5Encoder, T5Tokenizer  # noqa: F401
+from common.t2i.captions import Words, to_images, to_pixels
+from common.t2i.clip import CLIPTextEncoder, CLIPTokenizer  # noqa: F401  (for importers)
+from common.t2i.dit_blocks import (MLP, Attention, CrossAttention, modulate, norm, patches_to_image, rope_2d,
+                                   sincos_2d, time_features)
+from common.t2i.guidance import GUIDANCE, Momentum, guide
+from common.t2i.safety import SafetyChecker  # noqa: F401  (for importers)
+from common.t2i.schedules import SIGMAS, alpha_bar, shift, sigmas  # noqa: F401
+from common.t2i.t5 import T5Encoder, T5Tokenizer  # noqa: F401  (for importers)
+from common.t2i.textcache import PublicText
 from common.t2i.tinyvae import TinyVAE
 from common.vae import AutoencoderKL
 
@@ -58,7 +59,7 @@ class Config:
     json: bool = opt(False, "plan as one JSON object", free=True)
     # data and VAE
     size: int = opt(32, "pixels a side in training; buckets keep this area")
-    pool: int = opt(24_000, "scenes drawn for training")
+    pool: int = opt(40_000, "scenes drawn for training")
     bucket_step: int = opt(0, "sides of buckets are multiples of this; 0: about an eighth of --size")
     vae: str = opt("", "public VAE, file or folder; empty: train a small one")
     vae_steps: int = opt(4000, "steps of the small VAE")
@@ -74,6 +75,7 @@ class Config:
     heads: int = opt(4, "attention heads")
     text_depth: int = opt(3, "layers of the text encoder; word order needs 3")
     text_len: int = opt(12, "text tokens")
+    text_model: str = opt("", "frozen public T5 or CLIP, folder; empty: train a text encoder along")
     arch: str = opt("cross", "text by cross-attention or in one stream", choices=("cross", "joint"))
     mod: str = opt("adaln_zero", "modulation", choices=("adaln_zero", "adaln_single", "adaln"))
     time_embed: str = opt("sin", "time features", choices=("sin", "fourier"))
@@ -84,7 +86,7 @@ class Config:
     zero_snr: bool = opt(False, "VP schedules: no signal at the last step; needs --prediction v or x0")
     t_mean: float = opt(0.8, "logit-normal noise level: mean; high noise decides layout")
     t_std: float = opt(0.8, "its standard deviation")
-    train_steps: int = opt(7500, "optimizer steps of the transformer")
+    train_steps: int = opt(11_000, "optimizer steps of the transformer")
     batch: int = opt(64, "pictures a step, all ranks together")
     lr: float = opt(1.5e-3, "peak learning rate")
     warmup: int = opt(200, "steps of linear warm-up")
@@ -94,7 +96,8 @@ class Config:
     clip: float = opt(1.0, "gradient norm bound")
     fsdp: bool = opt(False, "shard parameters and optimizer over ranks (FSDP2) instead of DDP")
     save_every: int = opt(500, "steps between checkpoints", free=True)
-    eval_every: int = opt(1000, "steps between scores on held-out captions", free=True)
+    eval_every: int = opt(1000, "steps between scores on validation captions", free=True)
+    validate: int = opt(400, "validation pictures a guidance scale, when training chooses one", free=True)
     # sample
     model: str = opt("", "public model, or a run directory; empty: --out", free=True)
     text: str = opt("", "folder of text encoders and tokenizers the model does not hold", free=True)
@@ -113,11 +116,17 @@ class Config:
     interval: tuple = opt((0.0, 1e9), "guide for sigma in (lo, hi] only", free=True)
     mimic: float = opt(7.0, "scale that --guidance mimic imitates", free=True)
     phi: float = opt(0.7, "mix of --guidance rescale", free=True)
+    distilled: float = opt(3.5, "FLUX.1-dev: guidance it was distilled at, an input of the network", free=True)
+    apg: tuple = opt((0.0, 0.0, 0.0), "--guidance apg: eta, bound of the norm (0: none), momentum", free=True)
+    cfg_end: float = opt(-1.0, "guidance scale at the last step, linear from --cfg; -1: constant", free=True)
+    skip_layers: tuple = opt((), "skip-layer guidance: blocks left out, 7,8,9 for SD3.5-medium", free=True)
+    skip_scale: float = opt(2.5, "its weight, in steps between 1 and 20 % of the run", free=True)
     init: str = opt("", "picture to start from", free=True)
     strength: float = opt(0.6, "how far from --init: 0 returns it, 1 ignores it", free=True)
     strength_mode: str = opt("truncate", "skip steps, or respace all", ("truncate", "respace"), free=True)
     mask: str = opt("", "white: repaint this part of --init", free=True)
     feather: float = opt(0.0, "pixels over which the edge of the mask fades, inside it", free=True)
+    crop: int = opt(0, "repaint only the mask and so many pixels around it, at the model's size", free=True)
     preview: int = opt(0, "save the estimate every so many steps", free=True)
     recipe: str = opt("", "PNG made here: repeat it", free=True)
     safety: str = opt("", "folder of the safety checker", free=True)
@@ -127,12 +136,13 @@ class Config:
     quantise: str = opt("", "store linears as int8 or fp8", ("", *memory.STORAGE), free=True)
     offload: str = opt("none", "weights wait in CPU memory", ("none", "model", "block"), free=True)
     t5: bool = opt(True, "SD3: use the T5 encoder when its weights are there", free=True)
+    cache: str = opt("", "folder that keeps text embeddings of public models between calls", free=True)
 
 PRESETS = {
     "scenes": dict(paper="-", expect={}, set={}),            # 45 minutes on two cores
     "smoke": dict(paper="-", expect={}, set=dict(
         train_steps=20, vae_steps=20, pool=256, width=32, depth=2, text_depth=1, vae_width=8, warmup=5,
-        batch=16, eval_every=20, sample_steps=4)),
+        batch=16, eval_every=20, sample_steps=4, validate=8)),
     "pixart_xl": dict(paper="PixArt-alpha table 1, PixArt-XL/2", expect={}, set=dict(
         vae="sd-vae-ft-mse", width=1152, depth=28, heads=16, size=256, text_len=64, text_depth=12, batch=256,
         lr=1e-4, ema=0.9999, mod="adaln_single", train_steps=400_000, warmup=1000, t_mean=0.0, t_std=1.0)),
@@ -141,6 +151,7 @@ PRESETS = {
 
 # --- noise: schedules, sigmas -------------------------------------------
 #
+# Tables (alpha_bar, sigmas, shift) stand in common/t2i/schedules.py.
 # One denoiser interface D(x, sigma) -> x0 and two spaces; lambda = ln(alpha / sigma) is half the log-SNR.
 #   ve    x = x0 + sigma eps,               alpha = 1          (VP models too: x_vp = x / sqrt(1 + sigma^2))
 #   flow  x = (1 - sigma) x0 + sigma eps,   alpha = 1 - sigma  (rectified flow)
@@ -158,67 +169,6 @@ def lam(sigma, space):
         return -math.log(sigma)
     sigma = min(sigma, 1 - LAMBDA_EDGE)
     return math.log((1 - sigma) / sigma)
-
-
-def alpha_bar(schedule, steps=1000, zero_snr=False):
-    """Signal power of a discrete VP schedule: linear (DiT), scaled_linear (SD), cosine -> float64 [steps].
-
-    zero_snr shifts and stretches sqrt(alpha_bar) so that the last step holds no signal (arXiv:2305.08891)."""
-    if schedule == "cosine":
-        u = torch.arange(steps + 1, dtype=torch.float64) / steps
-        f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-    elif schedule == "linear":
-        beta = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64)
-    elif schedule == "scaled_linear":
-        beta = torch.linspace(0.00085**0.5, 0.012**0.5, steps, dtype=torch.float64) ** 2
-    else:
-        raise run.UserError(run.unknown("schedule", schedule, ("linear", "scaled_linear", "cosine")))
-    abar = torch.cumprod(1 - beta, 0)
-    if zero_snr:
-        a = abar.sqrt()
-        abar = ((a - a[-1]) * a[0] / (a[0] - a[-1])) ** 2
-        abar[-1] = 2.0**-24                     # a finite sigma; only v-prediction means anything there
-    return abar
-
-
-def shift(u, k):
-    """Time shift of rectified flow: k > 1 spends more steps at high noise; 1/k undoes k."""
-    return k * u / (1 + (k - 1) * u)
-
-SIGMAS = ("karras", "exponential", "beta", "linspace", "leading", "trailing", "flow", "sd3")
-
-
-def sigmas(kind, steps, sigma_min=0.0291675, sigma_max=14.61465, rho=7.0, shift_by=1.0, abar=None):
-    """The noise levels a sampler visits, float64 [steps + 1], falling and ending in 0.
-
-    karras, exponential, beta: between sigma_max and sigma_min (ve). linspace, leading, trailing: at timesteps
-    of the discrete schedule abar (default scaled_linear). flow: shift_by applied to 1 .. 0; sd3: applied
-    twice, as SD3's own code does, so that the last level is lower."""
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    if kind == "karras":
-        s = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
-    elif kind == "exponential":
-        s = torch.exp(math.log(sigma_max) + ramp * math.log(sigma_min / sigma_max))
-    elif kind == "beta":                        # quantiles of Beta(0.6, 0.6): dense at both ends
-        quantile = torch.from_numpy(scipy.stats.beta.ppf(1 - ramp.numpy(), 0.6, 0.6))
-        s = sigma_min + quantile * (sigma_max - sigma_min)
-    elif kind in ("linspace", "leading", "trailing"):
-        abar = alpha_bar("scaled_linear") if abar is None else abar
-        T = len(abar)
-        t = {"linspace": (T - 1) * (1 - ramp),
-             "leading": (torch.arange(steps - 1, -1, -1) * (T // steps)).double(),
-             "trailing": (T - torch.arange(steps, dtype=torch.float64) * T / steps).round() - 1}[kind]
-        table = ((1 - abar) / abar).sqrt()
-        low = t.floor().long().clamp(max=T - 1)
-        s = torch.lerp(table[low], table[(low + 1).clamp(max=T - 1)], t - low)
-    elif kind == "flow":
-        s = shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1], shift_by)
-    elif kind == "sd3":
-        s = shift(torch.linspace(1, float(shift(1e-3, shift_by)), steps, dtype=torch.float64), shift_by)
-    else:
-        raise run.UserError(run.unknown("sigmas", kind, SIGMAS))
-    return torch.cat([s, torch.zeros(1, dtype=torch.float64)])
 
 
 @dataclass(frozen=True)
@@ -438,75 +388,21 @@ SAMPLERS = {name: functools.partial(sample_loop, step) for name, step in dict(
 
 # --- guidance -----------------------------------------------------------
 
-GUIDANCE = ("cfg", "rescale", "dynamic", "mimic", "apg", "zero_star")
-
-
-def guide(cond, uncond, scale, method="cfg", *, phi=0.7, percentile=0.995, mimic=7.0, mimic_percentile=1.0,
-          measure="AD", startpoint="MEAN", per_channel=True, eta=0.0, norm=0.0):
-    """Combine two predictions [B, C, ...] into a guided one; scale 1 is cond, 0 is uncond.
-
-    cfg        u + w (c - u)
-    rescale    mixed (phi) with itself at cond's standard deviation, arXiv:2305.08891
-    dynamic    Imagen's percentile thresholding of x0, arXiv:2205.11487; for pixels, not for latents
-    mimic      statistics of guidance `mimic` put on guidance w (sd-dynamic-thresholding)
-    apg        keeps the part of c - u orthogonal to c (eta 0), arXiv:2410.02416; norm > 0 bounds it
-    zero_star  u scaled by <c, u> / |u|^2 first, arXiv:2503.18886
-    """
-    c, u, axes = cond.float(), uncond.float(), tuple(range(1, cond.ndim))
-    if method not in GUIDANCE:
-        raise run.UserError(run.unknown("guidance", method, GUIDANCE))
-    if method == "zero_star":
-        u = u * (c * u).sum(axes, keepdim=True) / ((u * u).sum(axes, keepdim=True) + 1e-8)
-    if method == "apg":
-        delta, length = c - u, torch.linalg.vector_norm
-        if norm > 0:
-            delta = delta * (norm / length(delta, dim=axes, keepdim=True).clamp(min=1e-12)).clamp(max=1)
-        unit = c / length(c, dim=axes, keepdim=True).clamp(min=1e-12)
-        parallel = (delta * unit).sum(axes, keepdim=True) * unit
-        return (c + (scale - 1) * (delta - parallel + eta * parallel)).to(cond.dtype)
-    g = u + scale * (c - u)
-    if method == "rescale":
-        g = phi * g * c.std(axes, keepdim=True) / g.std(axes, keepdim=True) + (1 - phi) * g
-    elif method == "dynamic":
-        s = torch.quantile(g.abs().flatten(1), percentile, dim=1).clamp(min=1).view((-1,) + (1,) * len(axes))
-        g = g.clamp(-s, s) / s
-    elif method == "mimic":
-        g = _mimic(g, u + mimic * (c - u), mimic_percentile, measure, startpoint, per_channel)
-    return g.to(cond.dtype)
-
-
-def _mimic(strong, weak, percentile, measure, startpoint, per_channel):
-    """strong with the spread of weak, per channel or whole; AD: largest deviations, STD: standard ones."""
-    T, M = strong.flatten(2), weak.flatten(2)
-    mean = T.mean(2, keepdim=True)
-    tc, mc = T - mean, M - M.mean(2, keepdim=True)
-    flat = (lambda v: v) if per_channel else (lambda v: v.flatten(1)[:, None])
-    if measure == "AD":
-        weak_s = flat(mc).abs().amax(2, keepdim=True)
-        strong_s = torch.quantile(flat(tc).abs(), percentile, dim=2, keepdim=True)
-    else:
-        weak_s, strong_s = flat(mc).std(2, keepdim=True), flat(tc).std(2, keepdim=True)
-    if startpoint == "ZERO":
-        out = T * weak_s / strong_s
-    elif measure == "STD":
-        out = tc / strong_s * weak_s + mean
-    else:
-        s = torch.maximum(weak_s, strong_s)
-        out = tc.clamp(-s, s) / s * weak_s + mean
-    return out.view_as(strong)
-
 
 class Denoiser:
     """D(x, sigma) -> x0 with guidance: one batched network call of 2B, or of B where guidance is off.
 
-    interval: guide only for lo < sigma_ve <= hi (arXiv:2404.07724), sigma_ve = sigma / alpha."""
+    scale: a number or a function of sigma. interval: guide only for lo < sigma_ve <= hi (arXiv:2404.07724),
+    sigma_ve = sigma / alpha. skip: (blocks, weight, sigmas): at these sigmas a third call leaves blocks out,
+    and D moves on by weight times what they change (skip-layer guidance)."""
 
     def __init__(self, net, process, cond, uncond=None, scale=1.0, method="cfg", interval=(0.0, math.inf),
-                 **options):
-        self.net, self.process, self.cond, self.scale, self.method = net, process, cond, scale, method
-        self.space, self.interval, self.options = process.space, interval, options
+                 skip=((), 0.0, ()), **options):
+        self.net, self.process, self.cond, self.method = net, process, cond, method
+        self.scale = scale if callable(scale) else lambda _: scale
+        self.space, self.interval, self.skip, self.options = process.space, interval, skip, options
         self.both = None
-        if uncond is not None and scale != 1:
+        if uncond is not None and (callable(scale) or scale != 1):
             self.both = {k: torch.cat([uncond[k], cond[k]]) for k in cond}
 
     def __call__(self, x, sigma):
@@ -515,7 +411,11 @@ class Denoiser:
         if self.both is None or not self.interval[0] < ve <= self.interval[1]:
             return self.process.predict(self.net, x, sigma, self.cond)
         uncond, cond = self.process.predict(self.net, torch.cat([x, x]), sigma, self.both).chunk(2)
-        return guide(cond, uncond, self.scale, self.method, **self.options)
+        d = guide(cond, uncond, self.scale(sigma), self.method, **self.options)
+        blocks, weight, at = self.skip
+        if blocks and sigma in at:
+            d = d + weight * (cond - self.process.predict(self.net, x, sigma, dict(self.cond, skip=blocks)))
+        return d
 
 
 # --- model: the diffusion transformer -----------------------------------
@@ -599,18 +499,21 @@ class DiT(nn.Module):
     """net(x_BCHW, t_B, text_BLE, mask_BL, label_B) -> [B, out, H, W]; H, W multiples of patch.
 
     arch: label (class embedding joins the time), cross (text through cross-attention in every block), joint
-    (text and image tokens in one stream). Fixed sin-cos positions are added; rope turns q and k as well."""
+    (text and image tokens in one stream). Fixed sin-cos positions are added; rope turns q and k as well.
+    micro: the picture's height, width and aspect ratio join the time. skip: blocks left out."""
 
     def __init__(self, channels=4, out=4, patch=2, width=128, depth=4, heads=4, arch="cross",
                  mod="adaln_zero", qk_norm=False, rope=False, time="sin", base=0, stretch=1.0, classes=0,
-                 text_width=0, null_tokens=0):
+                 text_width=0, null_tokens=0, micro=False):
         super().__init__()
         if width % heads or width % 4:
             raise run.UserError(f"--width {width} does not divide over {heads} heads and 4; try {heads * 32}")
         self.patch, self.width, self.heads, self.arch, self.mod = patch, width, heads, arch, mod
-        self.rope, self.base, self.stretch, self.channels = rope, base, stretch, channels
+        self.rope, self.base, self.stretch, self.channels, self.micro = rope, base, stretch, channels, micro
         self.x_embedder = nn.ModuleDict(dict(proj=nn.Conv2d(channels, width, patch, patch)))
         self.t_embedder = TimeEmbed(width, time)
+        if micro:                                            # PixArt-alpha 1024 is told the picture's size
+            self.csize_embedder, self.ar_embedder = TimeEmbed(width // 3), TimeEmbed(width // 3)
         if mod == "adaln_single":
             self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         if classes:                                          # one more row: no class
@@ -642,11 +545,15 @@ class DiT(nn.Module):
             nn.init.zeros_(m.bias)
         return self
 
-    def forward(self, x_BCHW, t_B, text=None, mask=None, label=None):
+    def forward(self, x_BCHW, t_B, text=None, mask=None, label=None, skip=()):
         rows, cols = x_BCHW.shape[2] // self.patch, x_BCHW.shape[3] // self.patch
         x = self.x_embedder["proj"](x_BCHW).flatten(2).transpose(1, 2)
         x = x + sincos_2d(self.width, rows, cols, self.base, self.stretch).to(x)
         c = self.t_embedder(t_B)
+        if self.micro:
+            high, wide = (torch.full_like(t_B, 8.0 * n, dtype=torch.float32) for n in x_BCHW.shape[2:])
+            sizes = [self.csize_embedder(high), self.csize_embedder(wide), self.ar_embedder(high / wide)]
+            c = c + torch.cat(sizes, -1)
         if label is not None:
             c = c + self.y_embedder["embedding_table"](label)
         elif hasattr(self, "y_embedder"):
@@ -658,8 +565,9 @@ class DiT(nn.Module):
             key_mask = F.pad(mask.bool(), (0, rows * cols), value=True)[:, None, None]
         rope = rope_2d(self.width // self.heads, rows, cols, words) if self.rope else None
         block_c = self.t_block(c).view(len(c), 6, -1) if self.mod == "adaln_single" else c
-        for block in self.blocks:
-            x = block(x, block_c, text, mask, rope, key_mask)
+        for i, block in enumerate(self.blocks):
+            if i not in skip:
+                x = block(x, block_c, text, mask, rope, key_mask)
         return patches_to_image(self.final_layer(x[:, words:], c), rows, cols, self.patch)
 
 
@@ -689,16 +597,19 @@ class TextEncoder(nn.Module):
 
 
 class CaptionedDiT(nn.Module):
-    """Text encoder and transformer trained together: net(x_BCHW, t_B, ids_BL)."""
+    """Text encoder and transformer trained together: net(x_BCHW, t_B, ids_BL); with text_width the text comes
+    from a frozen public encoder: net(x_BCHW, t_B, text_BLE, mask_BL)."""
 
-    def __init__(self, cfg, words, channels):
+    def __init__(self, cfg, words, channels, text_width=0):
         super().__init__()
-        self.text = TextEncoder(words, cfg.text_len, cfg.width, cfg.text_depth, cfg.heads)
+        if not text_width:
+            self.text = TextEncoder(words, cfg.text_len, cfg.width, cfg.text_depth, cfg.heads)
         self.dit = DiT(channels, channels, cfg.patch, cfg.width, cfg.depth, cfg.heads, cfg.arch, cfg.mod,
-                       qk_norm=True, rope=cfg.rope, time=cfg.time_embed).init()
+                       qk_norm=True, rope=cfg.rope, time=cfg.time_embed, text_width=text_width).init()
 
-    def forward(self, x, t, ids):
-        text, mask = self.text(ids)
+    def forward(self, x, t, text, mask=None):
+        if mask is None:
+            text, mask = self.text(text)
         return self.dit(x, t, text=text, mask=mask)
 
 
@@ -730,8 +641,26 @@ def load_latents(cfg, vae, buckets, device):
     return captions.cached(source, vae, device, Path(cfg.out, "latents"), cfg.vae or f"tiny {vae.scale!r}")
 
 
-def held_out_scenes(cfg, count):
-    return scenes.scenes(count, cfg.seed + 1, held_out=True, size=cfg.size)
+def load_texts(cfg, texts, ddp):
+    """-> (Words or PublicText, read): read(list[str]) -> what the network takes, ids or (text, mask).
+
+    A public encoder reads every caption once, before training; it is not in memory while the steps run."""
+    if not cfg.text_model:
+        words = Words.of(texts, cfg.text_len)
+        return words, lambda some: (words(some),)
+    public_text = PublicText(cfg.text_model, cfg.text_len, ddp.device)
+    cache = public_text.cache(Path(cfg.out, "texts"))
+    cache.fill(["", *texts])
+    public_text.free()
+
+    def read(some):
+        rows = cache(some)
+        return rows["text"].float(), rows["mask"]
+    return public_text, read
+
+
+def new_scenes(cfg, count, part="validation"):
+    return scenes.scenes(count, cfg.seed + 1, part, size=cfg.size)
 
 
 # --- train --------------------------------------------------------------
@@ -752,7 +681,7 @@ def parallel(net, cfg, ddp):
 def train_vae(cfg, ddp, log, buckets):
     """Small VAE: L1 pixels + kl KL; scale and shift, measured at the end, bring latents to unit variance."""
     vae = TinyVAE(cfg.vae_width, cfg.latent).to(ddp.device)
-    optim = torch.optim.AdamW(vae.parameters(), cfg.vae_lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optim = torch.optim.AdamW(vae.parameters(), cfg.vae_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     state, folder = dict(vae=vae, optim=optim), str(Path(cfg.out, "vae"))
     start = run.load(folder, state, ddp)
     model = parallel(vae, cfg, ddp)
@@ -776,7 +705,7 @@ def train_vae(cfg, ddp, log, buckets):
     with torch.no_grad():
         z = torch.cat([vae.encode(to_images(b.pixels[:512]).to(ddp.device))[0].flatten() for b in buckets])
         vae.stats.copy_(torch.stack([1 / z.std(), z.mean()]))
-        test, texts = (buckets[0].pixels[:256], None) if cfg.data else held_out_scenes(cfg, 256)
+        test, texts = (buckets[0].pixels[:256], None) if cfg.data else new_scenes(cfg, 256)
         seen = to_pixels(vae.decode(vae.encode(to_images(test).to(ddp.device))[0]))
     mse = ((seen.astype(float) - test) ** 2).mean((1, 2, 3))
     judged = {f"judge_{k}": v for k, v in scenes.judge_all(seen, texts).items()} if texts else {}
@@ -787,10 +716,14 @@ def train_vae(cfg, ddp, log, buckets):
     return vae.eval()
 
 
+def captioned(cfg, words, channels):
+    return CaptionedDiT(cfg, *((0, channels, words.width) if cfg.text_model else (len(words), channels)))
+
+
 def build(cfg, words, channels, ddp):
     """-> (net, ema, optimizer); norms, biases and tables are not decayed."""
     run.seed_all(cfg.seed, 0, 0, 2)
-    net = CaptionedDiT(cfg, len(words), channels).to(ddp.device)
+    net = captioned(cfg, words, channels).to(ddp.device)
     ema = copy.deepcopy(net).requires_grad_(False)
     if cfg.fsdp:
         for module in (net, ema):
@@ -798,7 +731,7 @@ def build(cfg, words, channels, ddp):
     groups = [dict(params=[p for p in net.parameters() if (p.ndim >= 2) == matrix],
                    weight_decay=0.01 * matrix)
               for matrix in (True, False)]
-    return net, ema, torch.optim.AdamW(groups, cfg.lr, betas=(0.9, 0.99))
+    return net, ema, torch.optim.AdamW(groups, cfg.lr, betas=(0.9, 0.99), fused=True)
 
 
 def train(cfg):
@@ -812,8 +745,7 @@ def train(cfg):
     buckets = [] if cfg.data and cfg.vae else load_pixels(cfg)
     vae = AutoencoderKL.load(cfg.vae, device=ddp.device) if cfg.vae else train_vae(cfg, ddp, log, buckets)
     buckets = load_latents(cfg, vae, buckets, ddp.device)
-    words = Words.of([c for b in buckets for c in b.captions], cfg.text_len)
-    ids, null = {id(b): words(b.captions) for b in buckets}, words([""])
+    words, read = load_texts(cfg, [c for b in buckets for c in b.captions], ddp)
 
     net, ema, optim = build(cfg, words, buckets[0].mean.shape[1], ddp)
     state, ranked = dict(net=net, ema=ema, optim=optim), None
@@ -821,6 +753,7 @@ def train(cfg):
         state, ranked = {}, dict(shard=shards.Sharded(net, ema, optim))
     start = run.load(cfg.out, state, ddp, ranked)
     model = parallel(net, cfg, ddp)
+    judged = not (cfg.data or cfg.fsdp) and ddp.rank == 0
     total, clock = 0.0, time.time()
     for step in run.progress(start, steps, ddp):
         run.seed_all(cfg.seed, ddp.rank, step, 2)
@@ -828,14 +761,15 @@ def train(cfg):
         rows = torch.randint(len(b.captions), (batch,))
         mean, logvar = b.mean[rows].float(), b.logvar[rows].float()
         x0 = (mean + torch.randn_like(mean) * (logvar / 2).exp() - vae.shift) * vae.scale
-        text = torch.where(torch.rand(batch, 1) < cfg.drop, null, ids[id(b)][rows])
+        dropped = torch.rand(batch, 1)[:, 0] < cfg.drop
+        text = read(["" if gone else b.captions[r] for r, gone in zip(rows.tolist(), dropped.tolist())])
         level = torch.sigmoid(cfg.t_mean + cfg.t_std * torch.randn(batch))
         noise = torch.randn_like(x0)
-        x0, text, level, noise = (v.to(ddp.device) for v in (x0, text, level, noise))
+        x0, level, noise, *text = (v.to(ddp.device) for v in (x0, level, noise, *text))
 
         x, t, target, weight = process.train_terms(x0, noise, level)
         with run.autocast(ddp.device):
-            out = model(x, t, text)
+            out = model(x, t, *text)
         loss = (weight * (out.float() - target) ** 2).mean()
         optim.zero_grad()
         loss.backward()
@@ -854,15 +788,16 @@ def train(cfg):
             log("train", step=step, loss=total / (1 if step == 1 else 100), norm=norm.item(), lr=group["lr"],
                 img_s=cfg.batch * (step - start) / (time.time() - clock), cpu_s=time.process_time())
             total = 0.0
-        if not (cfg.data or cfg.fsdp) and ddp.rank == 0 and (step % cfg.eval_every == 0 or step == 1):
+        if judged and (step % cfg.eval_every == 0 or step == 1):
             scores, made = score(cfg, Trained(ema, vae, words, process), 64 if step > 1 else 8, 2.0)
             log("eval", step=step, **scores)
             draw.save(draw.grid(made[:32], columns=8, scale=3), Path(cfg.out, "samples", f"{step:06d}.png"))
         run.save_if_due(cfg.out, step, steps, cfg.save_every, state, ddp, ranked)
     weights = shards.full_state(ema)
     if ddp.rank == 0:
-        meta = dict(kind="captioned_dit", config=dataclasses.asdict(cfg), words=words.vocabulary,
-                    channels=buckets[0].mean.shape[1])
+        scale = choose_scale(cfg, Trained(ema, vae, words, process), log) if judged else 2.0
+        meta = dict(kind="captioned_dit", config=dataclasses.asdict(cfg),
+                    words=getattr(words, "vocabulary", []), channels=buckets[0].mean.shape[1], guidance=scale)
         run.save_weights(Path(cfg.out, "ema.safetensors"), weights, meta)
     log.finish()
 
@@ -875,21 +810,24 @@ class Trained:
     """This file's own model as the engine sees every model: net, vae, process, encode(prompts), defaults."""
     model: CaptionedDiT
     vae: nn.Module
-    words: Words
+    words: object                        # Words, or the PublicText that read the captions
     process: Process
     size: int = 32
+    guidance: float = 2.0
     family: str = "own"
 
     def __post_init__(self):
         self.net, flow = self.model.dit, self.process.space == "flow"
-        self.defaults = dict(sampler="dpmpp_2m", grid="flow" if flow else "trailing", cfg=2.0, steps=20,
+        self.defaults = dict(sampler="dpmpp_2m", grid="flow" if flow else "trailing", cfg=self.guidance, steps=20,
                              shift=1.0, size=self.size)
 
     @torch.no_grad()
     def encode(self, prompts):
+        device = next(self.net.parameters()).device
+        if isinstance(self.words, PublicText):
+            return {k: v.to(device) for k, v in self.words(prompts).items()}
         self.words.warn(prompts)
-        ids = self.words(prompts).to(self.model.text.position.device)
-        return dict(zip(("text", "mask"), self.model.text(ids)))
+        return dict(zip(("text", "mask"), self.model.text(self.words(prompts).to(device))))
 
 
 def load_model(cfg, device):
@@ -898,36 +836,63 @@ def load_model(cfg, device):
     if (path / "ema.safetensors").is_file():
         tensors, meta = run.load_weights(path / "ema.safetensors")
         old = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()})
-        words = Words(meta["words"], old.text_len)
-        net = CaptionedDiT(old, len(words), meta["channels"])
+        words = (PublicText(cfg.text or old.text_model, old.text_len, device) if old.text_model
+                 else Words(meta["words"], old.text_len))
+        net = captioned(old, words, meta["channels"])
         net.load_state_dict(tensors)
         public_vae = cfg.vae or old.vae
         vae = AutoencoderKL.load(public_vae) if public_vae else TinyVAE.load(path / "vae.safetensors")
         net, vae = (m.to(device).eval().requires_grad_(False) for m in (net, vae))
         if cfg.quantise:
-            memory.quantise(net, cfg.quantise, skip=public.KEEP)
-        return Trained(net, vae, words, Process(old.schedule, old.prediction, old.zero_snr), old.size)
+            memory.quantise(net, cfg.quantise, skip=memory.KEEP)
+        return Trained(net, vae, words, Process(old.schedule, old.prediction, old.zero_snr), old.size,
+                       meta.get("guidance", 2.0))
     if not cfg.model:
         raise run.UserError(f"no weights in {path}; train first, or name a model with --model")
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[cfg.dtype]
     model = public.open_model(path, DiT, sincos_2d, dtype, device, text=cfg.text, vae=cfg.vae,
-                              offload=cfg.offload, quantise=cfg.quantise or None, t5=cfg.t5)
+                              offload=cfg.offload, quantise=cfg.quantise or None, t5=cfg.t5, cache=cfg.cache,
+                              distilled=cfg.distilled)
     model.process = Process(model.schedule, model.prediction)
     if cfg.offload == "none":
         model.net.to(device), model.vae.to(device)
     return model
 
 
-def levels(cfg, model, steps):
-    """Sigmas of the run from flags and the model's defaults."""
-    kind = cfg.grid or model.defaults["grid"]
-    if (kind in ("flow", "sd3")) != (model.process.space == "flow"):
+def levels(cfg, model, shape, partial=False):
+    """Sigmas of the run from flags and the model's defaults; partial: only the part below --strength."""
+    kind, flow = cfg.grid or model.defaults["grid"], model.process.space == "flow"
+    if (kind in ("flow", "sd3")) != flow:
         raise run.UserError(f"--grid {kind} does not suit a {model.process.schedule} model; try --grid "
-                            + ("flow" if model.process.space == "flow" else "karras"))
-    if model.process.space == "flow":
-        return sigmas(kind, steps, shift_by=cfg.shift or model.defaults.get("shift", 1.0))
-    table = np.exp(model.process.log_sigma)
-    return sigmas(kind, steps, sigma_min=table[0], sigma_max=table[-1], abar=model.process.abar)
+                            + ("flow" if flow else "karras"))
+    steps = cfg.steps or cfg.sample_steps or model.defaults["steps"]
+    keep = max(1, min(steps, int(steps * cfg.strength + 1e-6))) if partial else steps
+    if partial and cfg.strength_mode == "respace":           # all the steps, below the same noise level
+        steps, keep = round(steps / cfg.strength), steps
+    if flow:
+        by = cfg.shift or model.defaults.get("shift", 1.0)
+        by = by(shape[0] * shape[1] // (model.vae.factor * model.net.patch) ** 2) if callable(by) else by
+        s = sigmas(kind, steps, shift_by=by)
+    else:
+        table = np.exp(model.process.log_sigma)
+        s = sigmas(kind, steps, sigma_min=table[0], sigma_max=table[-1], abar=model.process.abar)
+    return s[-keep - 1:]
+
+
+def guided(cfg, model, net, texts, negative, scale, s):
+    """The Denoiser that the flags ask for; every text is encoded once, with the negative prompt's length."""
+    unique = list(dict.fromkeys([*texts, *[negative] * (scale != 1)]))
+    coded = model.encode(unique)
+    cond = {k: v[[unique.index(p) for p in texts]] for k, v in coded.items()}
+    uncond = {k: v[[unique.index(negative)] * len(texts)] for k, v in coded.items()} if scale != 1 else None
+    n, at = len(s) - 1, s[:-1].numpy()
+    if cfg.cfg_end >= 0:
+        def scale(sigma, ramp=np.linspace(scale, cfg.cfg_end, n)):
+            return float(np.interp(-sigma, -at, ramp))
+    eta, norm, beta = cfg.apg
+    options = dict(mimic=cfg.mimic, phi=cfg.phi, eta=eta, norm=norm, momentum=Momentum(beta) if beta else None)
+    skip = tuple(map(int, cfg.skip_layers)), cfg.skip_scale, [float(v) for i, v in enumerate(at) if n < 100 * i < 20 * n]
+    return Denoiser(net, model.process, cond, uncond, scale, cfg.guidance, cfg.interval, skip, **options)
 
 
 @torch.inference_mode()
@@ -936,37 +901,31 @@ def generate(model, prompts, cfg, device, seeds, shape, init=None, mask=None, pr
 
     shape (W, H). init uint8 [H, W, 3] and cfg.strength: image to image. mask bool [H, W]: only this part
     changes, the rest keeps its bytes. preview(step, pixels) is called every cfg.preview steps."""
-    steps = cfg.steps or cfg.sample_steps or model.defaults["steps"]
     scale = cfg.cfg if cfg.cfg >= 0 else model.defaults["cfg"]
-    vae, process, B = model.vae, model.process, len(prompts)
-    sampler = cfg.sampler or model.defaults["sampler"]
+    vae, process, sampler = model.vae, model.process, cfg.sampler or model.defaults["sampler"]
     if sampler not in SAMPLERS:
         raise run.UserError(run.unknown("sampler", sampler, SAMPLERS))
     if init is not None and cfg.strength == 0:
-        return np.repeat(init[None], B, 0)
-    s = levels(cfg, model, steps)
-    if init is not None:
-        keep = max(1, min(steps, int(steps * cfg.strength + 1e-6)))
-        if cfg.strength_mode == "respace":                   # all the steps, below the same noise level
-            s, keep = levels(cfg, model, round(steps / cfg.strength)), steps
-        s = s[-keep - 1:]
-    first = float(s[0])
+        return np.repeat(init[None], len(prompts), 0)
+    s = levels(cfg, model, shape, partial=init is not None)
+    first, ledger = float(s[0]), ledger or memory.Residency()
 
-    texts = list(dict.fromkeys([*prompts, *[cfg.negative] * (scale != 1)]))      # each text is encoded once
-    coded = model.encode(texts)
-    cond = {k: v[[texts.index(p) for p in prompts]] for k, v in coded.items()}
-    uncond = {k: v[[texts.index(cfg.negative)] * B] for k, v in coded.items()} if scale != 1 else None
-    ledger = ledger or memory.Residency()
+    def to_latent(image):
+        return (vae.encode(image.to(device))[0].float() - vae.shift) * vae.scale
+
+    def to_picture(z):
+        return vae.decode(z / vae.scale + vae.shift)
+    inpainter = getattr(model.net, "extra", 0)               # channels for mask and masked picture
     with memory.placed(vae, device, cfg.offload, ledger):
-        z = None if init is None else vae.encode(to_images(init[None]).to(device))[0].float()
-    size = (B, model.net.channels, shape[1] // vae.factor, shape[0] // vae.factor)
-    noise = start_noise(seeds, size).to(device)
+        z = None if init is None else to_latent(to_images(init[None]))
+        beside = pictures.beside(init, mask, shape, vae.factor, to_latent) if inpainter else None
+    noise = start_noise(seeds, (len(prompts), model.net.channels, shape[1] // vae.factor, shape[0] // vae.factor))
+    noise = noise.to(device)
     if z is not None:
-        z = (z - vae.shift) * vae.scale
         x = alpha(first, process.space) * z + first * noise
     else:                                                    # the spread of a noised unit-variance latent
         x = noise * (math.sqrt(1 + first**2) if process.space == "ve" else 1.0)
-    cells = None if mask is None else pictures.latent_mask(mask, vae.factor).to(device)
+    cells = None if mask is None or inpainter else pictures.latent_mask(mask, vae.factor).to(device)
 
     def after(i, x, d):
         if cells is not None:                                # outside the mask: the original at this level
@@ -975,31 +934,41 @@ def generate(model, prompts, cfg, device, seeds, shape, init=None, mask=None, pr
         if not torch.isfinite(x).all():
             raise run.UserError(f"non-finite latents after sampler step {i + 1}; try --dtype fp32")
         if preview and cfg.preview and (i + 1) % cfg.preview == 0:
-            preview(i + 1, to_pixels(vae.decode(d / vae.scale + vae.shift)))
+            preview(i + 1, to_pixels(to_picture(d)))
         return x
 
     net = torch.compile(model.net, dynamic=False) if cfg.compile else model.net
+    net = pictures.WithChannels(net, beside) if inpainter else net
     with memory.placed(model.net, device, cfg.offload, ledger, model.net.blocks):
-        extra = dict(mimic=cfg.mimic, phi=cfg.phi)
-        denoiser = Denoiser(net, process, cond, uncond, scale, cfg.guidance, cfg.interval, **extra)
-        x = SAMPLERS[sampler](denoiser, x, s, seeds, after=after)
+        x = SAMPLERS[sampler](guided(cfg, model, net, prompts, cfg.negative, scale, s), x, s, seeds, after=after)
     with memory.placed(vae, device, cfg.offload, ledger):
-        made = to_pixels(torch.cat([vae.decode(one / vae.scale + vae.shift) for one in x.split(1)]))
+        made = to_pixels(torch.cat([to_picture(one) for one in x.split(1)]))
     return made if mask is None else np.stack([pictures.composite(m, init, mask, cfg.feather) for m in made])
 
 
 # --- evaluate -----------------------------------------------------------
 
 
-def score(cfg, model, count, scale, batch=64):
-    """Held-out captions -> (judged fractions, pixels); picture k uses seed k."""
-    _, texts = held_out_scenes(cfg, count)
+SCALES = (1.5, 2.0, 2.5, 3.0, 4.0)
+
+
+def score(cfg, model, count, scale, part="validation", batch=64):
+    """Captions never trained on -> (judged fractions, pixels); picture k uses seed k."""
+    _, texts = new_scenes(cfg, count, part)
     device = next(model.net.parameters()).device
     cfg = dataclasses.replace(cfg, cfg=scale, steps=0, preview=0, offload="none", compile=False)
     parts = [range(i, min(i + batch, count)) for i in range(0, count, batch)]
     made = np.concatenate([generate(model, [texts[k] for k in part], cfg, device, list(part), (cfg.size,) * 2)
                            for part in parts])
     return scenes.judge_all(made, texts), made
+
+
+def choose_scale(cfg, model, log):
+    """The guidance scale with most scenes exact on the validation captions; the test captions stay unseen."""
+    rows = {scale: score(cfg, model, cfg.validate, scale)[0] for scale in SCALES}
+    for scale, row in rows.items():
+        log("validation", scale=scale, n=cfg.validate, **row)
+    return max(rows, key=lambda scale: (rows[scale]["exact"], -scale))
 
 
 def sample(cfg):
@@ -1012,22 +981,23 @@ def sample(cfg):
 
 
 def evaluate(cfg, count=1000):
-    """Composition on held-out captions: the judge on real renders, then pictures with guidance off and on."""
+    """Composition on the test captions: the judge on real renders, then pictures with guidance off and on."""
     device = run.init(cfg.device).device
     model = load_model(cfg, device)
     if model.family != "own":
         raise run.UserError("evaluate scores a model trained on the scenes; use sample for a public one")
-    real, texts = held_out_scenes(cfg, count)
+    real, texts = new_scenes(cfg, count, "test")
     rows, panels = dict(real_renders=scenes.judge_all(real, texts)), {}
-    for name, scale in (("guidance_off", 1.0), ("guidance_on", cfg.cfg if cfg.cfg >= 0 else 2.0)):
-        rows[name], made = score(cfg, model, count, scale)
+    chosen = cfg.cfg if cfg.cfg >= 0 else model.defaults["cfg"]
+    for name, scale in (("guidance_off", 1.0), ("guidance_on", chosen)):
+        rows[name], made = score(cfg, model, count, scale, "test")
         panels[name] = draw.grid(made[:48], columns=8, scale=3)
     for name, row in rows.items():
         print(f"{name:<14}" + "  ".join(f"{k} {v:.3f}" for k, v in row.items()))
     draw.save(draw.sheet(panels), Path(cfg.out, "samples", "evaluate.png"))
-    write_atomic(Path(cfg.out, "evaluate.json"), json.dumps(dict(count=count, **rows), indent=1).encode())
+    write_atomic(Path(cfg.out, "evaluate.json"), json.dumps(dict(count=count, scale=chosen, **rows), indent=1).encode())
     if Path(cfg.out, "log.jsonl").exists():                 # scores of a run belong to its log too
-        run.record(cfg.out, "eval", n=count, **rows["guidance_on"])
+        run.record(cfg.out, "eval", n=count, scale=chosen, **rows["guidance_on"])
 
 
 # --- tools --------------------------------------------------------------

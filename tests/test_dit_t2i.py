@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -537,7 +538,7 @@ def test_quantised_models_are_small_and_close(tmp_path):
     want, full = net(x, t, text=text), memory.size_bytes(net)
     # int8: 0.5 % is the bound; fp8 keeps 3 mantissa bits, 2.6 % a layer
     for kind, bound in (("int8", 5e-3), ("fp8", 5e-2)):
-        small = memory.quantise(wide_net(), kind, skip=public.KEEP)
+        small = memory.quantise(wide_net(), kind, skip=memory.KEEP)
         error = float((small(x, t, text=text) - want).norm() / want.norm())
         assert error < bound, (kind, error)
         assert memory.size_bytes(small) < 0.3 * full
@@ -602,7 +603,7 @@ def test_safety_checker_layouts_offset_and_actions(tmp_path):
 
 
 def test_the_judge_reads_real_renders_and_sees_every_mistake():
-    made, texts = scenes.scenes(200, 5, held_out=True)
+    made, texts = scenes.scenes(200, 5, "test")
     assert min(scenes.judge_all(made, texts).values()) >= 0.99
     noisy = np.clip(made + np.random.default_rng(0).normal(0, 6, made.shape), 0, 255).astype(np.uint8)
     assert min(scenes.judge_all(noisy, texts).values()) >= 0.97
@@ -620,9 +621,10 @@ def test_the_judge_reads_real_renders_and_sees_every_mistake():
     assert scenes.judge(empty, truth) == dict(size=0, colour=0, shape=0, relation=0, count=0, exact=0)
 
 
-def test_held_out_captions_are_never_drawn_for_training():
-    train, test = set(scenes.captions()), set(scenes.captions(True))
-    assert not train & test and len(test) > 300 and all(scenes.is_held_out(c) for c in test)
+def test_validation_and_test_captions_are_never_drawn_for_training():
+    train, tuning, test = (set(scenes.captions(part)) for part in ("train", "validation", "test"))
+    assert not (train & test or train & tuning or tuning & test) and len(test) > 300 and len(tuning) > 150
+    assert all(zlib.crc32(c.encode()) % 10 == 0 for c in test) and len(train | tuning | test) == 36 + 36 * 30 * 4
     _, texts = scenes.scenes(2000, 1)
     assert set(texts) <= train
     single = sum(" a " not in t for t in texts) / 2000

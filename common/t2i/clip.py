@@ -114,12 +114,16 @@ class CLIPTokenizer:
         self.unknown = self.end
         self.pad = self._published_pad(folder) if pad is None else pad
         self.cache = functools.lru_cache(maxsize=65536)(self._merge)
+        self.last = {i for w, i in self.vocabulary.items() if w.endswith("</w>")}
 
     def _published_pad(self, folder):
         path = folder / "tokenizer_config.json"
         token = read_json(path).get("pad_token") if path.is_file() else None
         token = token.get("content") if isinstance(token, dict) else token
         return self.vocabulary.get(token, self.end) if isinstance(token, str) else self.end
+
+    def ends_word(self, token):
+        return token in self.last
 
     def tokens(self, text):
         """Ids of one text without start, end, padding and limit."""
@@ -253,9 +257,13 @@ class CLIPTextEncoder(nn.Module):
                       vocabulary, project, quick, end=vocabulary - 1)
         return fill(net, files, dtype, ignore=("embeddings.position_ids", "logit_scale"), **storage).eval()
 
+    @property
+    def blocks(self):
+        return self.encoder["layers"]
+
     def forward(self, ids_BL):
         x = self.embeddings["token_embedding"](ids_BL)
-        x = x + self.embeddings["position_embedding"].weight[:ids_BL.shape[1]]
+        x = x + self.embeddings["position_embedding"](torch.arange(ids_BL.shape[1], device=ids_BL.device))
         for layer in self.encoder["layers"]:
             penultimate, x = x, layer(x, causal=True)
         last = self.final_layer_norm(x)

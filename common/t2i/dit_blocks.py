@@ -63,7 +63,12 @@ def norm(x):
 
 
 def modulate(x_BND, shift_BD, scale_BD):
-    return x_BND * (1 + scale_BD[:, None]) + shift_BD[:, None]
+    return torch.addcmul(shift_BD[:, None], x_BND, 1 + scale_BD[:, None])
+
+
+def gate(x_BND, by_BD, change_BND):
+    """x + by * change, in one pass."""
+    return torch.addcmul(x_BND, by_BD[:, None], change_BND)
 
 
 class RMSNorm(nn.Module):

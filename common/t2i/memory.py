@@ -1,7 +1,6 @@
-"""Memory for big models: linear layers stored in 8 bits, weights that wait in CPU memory, a ledger of what is
-where.
+"""Memory for big models: weights stored in 8 bits, weights that wait in CPU memory, a ledger of what is where.
 
-    quantise(module, "int8")                              linears become QLinear, in place
+    quantise(module, "int8")                              linears and embeddings in 8 bits, in place
     with placed(net, device, "block", ledger, net.blocks): ...     none, model or block offload, one call
 """
 import contextlib
@@ -18,6 +17,7 @@ from torch import nn
 GROUP = 32                    # int8: weights that share a scale; 8.5 bits a weight with a 16-bit scale
 STORAGE = ("int8", "fp8")
 LEAST = 4096                  # smaller layers stay as they are
+KEEP = r"final_layer\.linear"  # so does the last one: its error is the output's
 
 
 class QLinear(nn.Module):
@@ -36,23 +36,7 @@ class QLinear(nn.Module):
 
     @classmethod
     def of(cls, linear, kind):
-        w = linear.weight.detach().float()
-        if kind == "fp8":
-            scale = w.abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
-            q = (w / scale).to(torch.float8_e4m3fn)
-        else:
-            size = GROUP if w.shape[1] % GROUP == 0 else w.shape[1]
-            scale = (w.unflatten(1, (-1, size)).abs().amax(2) / 127).clamp(min=1e-7).half()
-            q = (w / scale.float().repeat_interleave(size, 1)).round().clamp(-127, 127).to(torch.int8)
-        return cls(q, scale, None if linear.bias is None else linear.bias.detach())
-
-    @classmethod
-    def like(cls, shapes, path):
-        """An empty one of the shapes stored under path, on the meta device."""
-        q, scale = shapes[f"{path}.q"], shapes[f"{path}.scale"]
-        kind = torch.float8_e4m3fn if scale[1] == 1 and q[1] % GROUP == 0 and q[1] > GROUP else torch.int8
-        bias = torch.empty(q[0], device="meta") if f"{path}.bias" in shapes else None
-        return cls(torch.empty(q, dtype=kind, device="meta"), torch.empty(scale, device="meta"), bias)
+        return cls(*pack(linear.weight.detach(), kind), None if linear.bias is None else linear.bias.detach())
 
     @property
     def weight(self):
@@ -60,12 +44,49 @@ class QLinear(nn.Module):
         return self.dequantise(torch.float32)
 
     def dequantise(self, dtype):
-        groups = self.scale.shape[1]
-        w = self.q.to(dtype).unflatten(1, (groups, -1)) * self.scale.to(dtype)[..., None]
-        return w.flatten(1)
+        return unpack(self.q, self.scale, dtype)
 
     def forward(self, x):
         return F.linear(x, self.dequantise(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class QEmbedding(nn.Module):
+    """A table stored like a QLinear; a lookup unpacks only the rows it needs, to the dtype the table had."""
+
+    def __init__(self, q, scale, dtype=torch.float32):
+        super().__init__()
+        self.dtype, self.num_embeddings = dtype, len(q)
+        self.register_buffer("q", q)
+        self.register_buffer("scale", scale)
+
+    @classmethod
+    def of(cls, table, kind):
+        return cls(*pack(table.weight.detach(), kind), table.weight.dtype)
+
+    def forward(self, ids):
+        return unpack(self.q[ids.flatten()], self.scale[ids.flatten()], self.dtype).view(*ids.shape, -1)
+
+
+def pack(weight, kind):
+    """Weight [out, in] -> (q [out, in] in 8 bits, scale [out, groups])."""
+    w = weight.float()
+    if kind == "fp8":
+        scale = w.abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
+        return (w / scale).to(torch.float8_e4m3fn), scale
+    size = GROUP if w.shape[1] % GROUP == 0 else w.shape[1]
+    scale = (w.unflatten(1, (-1, size)).abs().amax(2) / 127).clamp(min=1e-7).half()
+    return (w / scale.float().repeat_interleave(size, 1)).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def unpack(q, scale, dtype):
+    return (q.to(dtype).unflatten(1, (scale.shape[1], -1)) * scale.to(dtype)[..., None]).flatten(1)
+
+
+def small(part, path, kind, skip="$^", least=LEAST):
+    """The 8-bit stand-in for a loaded part, or None where it stays as it is."""
+    if not isinstance(part, (nn.Linear, nn.Embedding)) or part.weight.numel() < least or re.search(skip, path):
+        return None
+    return (QLinear if type(part) is nn.Linear else QEmbedding).of(part, kind)
 
 
 def replace(module, path, new):
@@ -75,11 +96,14 @@ def replace(module, path, new):
 
 
 def quantise(module, kind, skip="$^", least=LEAST):
-    """Replace the linears of a loaded module in place -> module. skip: regular expression over their
-    names."""
+    """Replace linears and embeddings of a loaded module in place, and keep position tables in 16 bits
+    -> module. skip: regular expression over names that stay."""
     for path, part in list(module.named_modules()):
-        if type(part) is nn.Linear and part.weight.numel() >= least and not re.search(skip, path):
-            replace(module, path, QLinear.of(part, kind))
+        new = small(part, path, kind, skip, least)
+        if new is not None:
+            replace(module, path, new)
+    if isinstance(getattr(module, "pos_embed", None), torch.Tensor):
+        module.pos_embed = module.pos_embed.half()
     return module
 
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.t2i.dit_blocks import MLP, Attention, modulate, norm, patches_to_image, time_features
+from common.t2i.dit_blocks import MLP, Attention, gate, modulate, norm, patches_to_image, time_features
 from common.flags import UserError
+from common.t2i.memory import KEEP
 from common.t2i.weights import fill
 
 
@@ -26,8 +27,7 @@ class Stream(nn.Module):
     """One side (image or text) of a joint block: its own modulation, projections and MLP.
 
     pre_only: the text side of the last block gives keys and values and is dropped. dual: the image side of
-    some
-    SD3.5-medium blocks has a second, image-only attention."""
+    some SD3.5-medium blocks has a second, image-only attention."""
 
     def __init__(self, width, heads, qk_norm, pre_only=False, dual=False):
         super().__init__()
@@ -50,10 +50,10 @@ class Stream(nn.Module):
 
     def after(self, x, out, kept):
         parts, normed = kept
-        x = x + parts[2][:, None] * self.attn.proj(out)
+        x = gate(x, parts[2], self.attn.proj(out))
         if self.dual:
-            x = x + parts[8][:, None] * self.attn2(modulate(normed, parts[6], parts[7]))
-        return x + parts[5][:, None] * self.mlp(modulate(norm(x), parts[3], parts[4]))
+            x = gate(x, parts[8], self.attn2(modulate(normed, parts[6], parts[7])))
+        return gate(x, parts[5], self.mlp(modulate(norm(x), parts[3], parts[4])))
 
 
 class JointBlock(nn.Module):
@@ -64,12 +64,13 @@ class JointBlock(nn.Module):
         self.x_block = Stream(width, heads, qk_norm, dual=dual)
         self.context_block = Stream(width, heads, qk_norm, pre_only=last)
 
-    def forward(self, x, text, c):
+    def forward(self, x, text, c, counts=None):
         qkv_t, kept_t = self.context_block.before(text, c)
         qkv_x, kept_x = self.x_block.before(x, c)
         q, k, v = (torch.cat(pair, 2) for pair in zip(qkv_t, qkv_x))
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        out_t, out_x = out[:, :text.shape[1]], out[:, text.shape[1]:]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=counts).transpose(1, 2)
+        # two copies of a part each: a linear layer is slower on a slice than copy and product together
+        out_t, out_x = (o.flatten(2) for o in out.split([text.shape[1], x.shape[1]], 1))
         if not self.context_block.pre_only:
             text = self.context_block.after(text, out_t, kept_t)
         return self.x_block.after(x, out_x, kept_x), text
@@ -97,15 +98,15 @@ class Final(nn.Module):
 class MMDiT(nn.Module):
     """net(x [B, C, H, W], t [B] in 0..1000, text [B, L, E], pooled [B, P]) -> velocity [B, C, H, W].
 
-    skip: blocks left out (skip-layer guidance of SD3.5-medium). Positions are a stored table, cropped in its
-    centre."""
+    extra: channels that inpainting models read beside the C they predict. skip: blocks left out (skip-layer
+    guidance). last_counts [B]: attention counts the last text token so many times. Positions are a stored
+    table, cropped in its centre."""
 
     def __init__(self, channels=16, patch=2, depth=24, width=1536, heads=24, text_width=4096,
-                 pooled_width=2048,
-                 table=192, qk_norm=False, dual=()):
+                 pooled_width=2048, table=192, qk_norm=False, dual=(), extra=0):
         super().__init__()
-        self.patch, self.table, self.channels = patch, table, channels
-        self.x_embedder = nn.ModuleDict(dict(proj=nn.Conv2d(channels, width, patch, patch)))
+        self.patch, self.table, self.channels, self.extra = patch, table, channels, extra
+        self.x_embedder = nn.ModuleDict(dict(proj=nn.Conv2d(channels + extra, width, patch, patch)))
         self.register_buffer("pos_embed", torch.zeros(1, table * table, width))
         self.t_embedder, self.y_embedder = Features(256, width), Features(pooled_width, width)
         self.context_embedder = nn.Linear(text_width, width)
@@ -125,14 +126,18 @@ class MMDiT(nn.Module):
         grid = self.pos_embed.view(self.table, self.table, -1)
         return grid[top:top + rows, left:left + cols].flatten(0, 1)
 
-    def forward(self, x, t, text, pooled, skip=()):
+    def forward(self, x, t, text, pooled, skip=(), last_counts=None):
         rows, cols, dtype = x.shape[2] // self.patch, x.shape[3] // self.patch, x.dtype
         x = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.positions(rows, cols).to(dtype)
         c = self.t_embedder.mlp(time_features(t).to(dtype)) + self.y_embedder.mlp(pooled.to(dtype))
         text = self.context_embedder(text.to(dtype))
+        counts = None
+        if last_counts is not None:                          # n equal keys weigh like one whose logit gains ln n
+            counts = x.new_zeros(len(x), 1, 1, text.shape[1] + x.shape[1])
+            counts[..., text.shape[1] - 1] = last_counts.to(x).log()[:, None, None]
         for i, block in enumerate(self.joint_blocks):
             if i not in skip:
-                x, text = block(x, text, c)
+                x, text = block(x, text, c, counts)
         return patches_to_image(self.final_layer(x, c), rows, cols, self.patch)
 
     @classmethod
@@ -142,7 +147,7 @@ class MMDiT(nn.Module):
         files = from_diffusers(files) if "transformer_blocks.0.attn.to_q.weight" in files.shapes else files
         with torch.device("meta"):
             net = cls(**settings(files, heads))
-        return fill(net, files, dtype, skip="final|embed", **storage).eval()
+        return fill(net, files, dtype, skip=KEEP, **storage).eval()
 
 
 def settings(files, heads=0):
@@ -151,8 +156,8 @@ def settings(files, heads=0):
     if "joint_blocks.0.x_block.attn.qkv.weight" not in shapes:
         raise files.wrong_family("an SD3 transformer", "joint_blocks.0.x_block.attn.qkv.weight")
     width, channels, patch, _ = shapes["x_embedder.proj.weight"]
-    depth = files.count("joint_blocks.")
-    return dict(channels=channels, patch=patch, depth=depth, width=width, heads=heads or max(width // 64, 1),
+    depth, out = files.count("joint_blocks."), shapes["final_layer.linear.weight"][0] // patch**2
+    return dict(channels=out, extra=channels - out, patch=patch, depth=depth, width=width, heads=heads or max(width // 64, 1),
                 text_width=shapes["context_embedder.weight"][1],
                 pooled_width=shapes["y_embedder.mlp.0.weight"][1],
                 table=math.isqrt(shapes["pos_embed"][1]),

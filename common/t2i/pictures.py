@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from common import images
 from common.ckpt import write_atomic
 from common.flags import UserError
+from common.t2i.captions import to_images
 
 KEY = "dit_t2i"               # the PNG text chunk that holds the recipe as JSON
 
@@ -54,6 +55,63 @@ def read_mask(path, size):
 def latent_mask(mask_HW, factor):
     """bool [H, W] -> float [1, 1, H/f, W/f]: a cell is repainted when any of its pixels is."""
     return F.max_pool2d(torch.from_numpy(mask_HW).float()[None, None], factor)
+
+
+def beside(init, mask_HW, shape, factor, to_latent):
+    """What an inpainting model reads beside the noisy latents: mask cells and the latents of the picture with
+    the masked part grey -> [1, 1 + z, H/f, W/f]. Without a picture everything is masked."""
+    w, h = shape
+    mask = torch.ones(1, 1, h, w) if mask_HW is None else torch.from_numpy(mask_HW).float()[None, None]
+    image = torch.zeros(1, 3, h, w) if init is None else to_images(init[None]) * (1 - mask)
+    held = to_latent(image)
+    return torch.cat([F.interpolate(mask, (h // factor, w // factor)).to(held), held], 1)
+
+
+class WithChannels(torch.nn.Module):
+    """net(x, ...) of a model whose first layer reads more channels than it predicts: the rest are constant."""
+
+    def __init__(self, net, rest_1CHW):
+        super().__init__()
+        self.net, self.rest = net, rest_1CHW
+
+    def forward(self, x, *args, **cond):
+        return self.net(torch.cat([x, self.rest.to(x).expand(len(x), -1, -1, -1)], 1), *args, **cond)
+
+
+def region(mask_HW, margin, aspect):
+    """Box (left, top, right, bottom) around the mask and `margin` pixels, grown to width / height = aspect as
+    far as the picture allows."""
+    H, W = mask_HW.shape
+    rows, cols = np.flatnonzero(mask_HW.any(1)), np.flatnonzero(mask_HW.any(0))
+    sides = [(cols[0] - margin, cols[-1] + 1 + margin, W), (rows[0] - margin, rows[-1] + 1 + margin, H)]
+    wide, high = (min(b, n) - max(a, 0) for a, b, n in sides)
+    wide, high = max(wide, round(high * aspect)), max(high, round(wide / aspect))
+    box = []
+    for (a, b, n), size in zip(sides, (wide, high)):
+        size = min(size, n)
+        start = min(max((a + b - size) // 2, 0), n - size)
+        box.append((int(start), int(start + size)))
+    (left, right), (top, bottom) = box
+    return left, top, right, bottom
+
+
+def resized(pixels, size, kind=Image.Resampling.LANCZOS):
+    """uint8 or bool [H, W(, 3)] -> the same at size (w, h)."""
+    image = Image.fromarray(pixels.astype(np.uint8) * (255 if pixels.dtype == bool else 1)).resize(size, kind)
+    return np.asarray(image) > 127 if pixels.dtype == bool else np.asarray(image)
+
+
+def cut(pixels, box, size):
+    left, top, right, bottom = box
+    return resized(pixels[top:bottom, left:right], size)
+
+
+def paste(made, whole, mask_HW, box, feather=0):
+    """A repainted cut back into its picture; pixels outside the mask keep their bytes."""
+    left, top, right, bottom = box
+    canvas = whole.copy()
+    canvas[top:bottom, left:right] = resized(made, (right - left, bottom - top))
+    return composite(canvas, whole, mask_HW, feather)
 
 
 def composite(made, original, mask_HW, feather=0):

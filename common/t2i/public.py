@@ -1,6 +1,6 @@
-"""Public text-to-image models from local files: which family a file is, its sizes, its text conditioning.
+"""Public text-to-image models from local files: which family a file is, and its sizes.
 
-DiT (class-conditional), PixArt and SD3 / SD3.5, in the spelling of their authors or of diffusers. Everything
+DiT (class-conditional), PixArt, SD3 / SD3.5 and FLUX.1, in the spelling of their authors or of diffusers. Everything
 is read off tensor names and shapes; nothing is downloaded. The transformer class comes from the script.
 """
 import re
@@ -10,18 +10,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.t2i.clip import CLIPTextEncoder, CLIPTokenizer
 from common.files import read_json
 from common.flags import UserError
+from common.t2i import memory
+from common.t2i.conditioning import Conditioning
+from common.t2i.flux import Flux
 from common.t2i.mmdit import MMDiT
-from common.t2i.t5 import T5Encoder, T5Tokenizer
-from common.vae import AutoencoderKL
-from common.t2i.memory import Residency, on
+from common.t2i.textcache import TextCache, fingerprint
 from common.t2i.weights import Checkpoint, fill
+from common.vae import AutoencoderKL
 
 SINGLE = "model.diffusion_model."                            # prefix inside single-file releases
-IN_SINGLE = {1: "text_encoders.clip_l.transformer.", 2: "text_encoders.clip_g.transformer.",
-             3: "text_encoders.t5xxl.transformer."}
 
 
 @dataclass
@@ -37,15 +36,16 @@ class Public:
 
 
 def family_of(files):
-    """'dit', 'pixart', 'sd3' or a UserError that says what the file holds."""
-    signs = {"blocks.0.cross_attn.q_linear.weight": "pixart", "adaln_single.linear.weight": "pixart",
+    """'dit', 'pixart', 'sd3', 'flux' or a UserError that says what the file holds."""
+    signs = {"double_blocks.0.img_attn.qkv.weight": "flux",
+             "single_transformer_blocks.0.proj_mlp.weight": "flux", "blocks.0.cross_attn.q_linear.weight": "pixart", "adaln_single.linear.weight": "pixart",
              "y_embedder.embedding_table.weight": "dit", "joint_blocks.0.x_block.attn.qkv.weight": "sd3",
              "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight": "dit",
              "transformer_blocks.0.attn.add_q_proj.weight": "sd3"}
     for sign, family in signs.items():
         if sign in files.shapes:
             return family
-    raise files.wrong_family("a DiT, PixArt or SD3 transformer", "joint_blocks.0.x_block.attn.qkv.weight")
+    raise files.wrong_family("a DiT, PixArt, SD3 or FLUX transformer", "joint_blocks.0.x_block.attn.qkv.weight")
 
 
 # --- DiT and PixArt ------------------------------------------------------
@@ -54,6 +54,10 @@ RENAMES = (
     (r"pos_embed\.proj\.", "x_embedder.proj."), (r"adaln_single\.linear", "t_block.1"),
     (r"adaln_single\.emb\.timestep_embedder\.linear_1", "t_embedder.mlp.0"),
     (r"adaln_single\.emb\.timestep_embedder\.linear_2", "t_embedder.mlp.2"),
+    (r"adaln_single\.emb\.resolution_embedder", "csize_embedder"),
+    (r"adaln_single\.emb\.aspect_ratio_embedder", "ar_embedder"),
+    (r"(csize|ar)_embedder\.linear_1", r"\1_embedder.mlp.0"),
+    (r"(csize|ar)_embedder\.linear_2", r"\1_embedder.mlp.2"),
     (r"caption_projection\.linear_([12])", r"y_embedder.y_proj.fc\1"),
     (r"^scale_shift_table", "final_layer.scale_shift_table"),
     (r"transformer_blocks\.0\.norm1\.emb\.timestep_embedder\.linear_1", "t_embedder.mlp.0"),
@@ -106,116 +110,20 @@ def dit_settings(files, config, positions):
                 for s in (1, 2, 0.5, 4)}
         stretch = min(fits, key=fits.get)
     return dict(found, arch="cross", mod="adaln_single", text_width=shapes["y_embedder.y_proj.fc1.weight"][1],
-                null_tokens=null, base=base, stretch=stretch)
+                null_tokens=null, base=base, stretch=stretch, micro="csize_embedder.mlp.0.weight" in shapes)
 
 
 def load_dit(files, DiT, positions, dtype, config, **storage):
     files = from_diffusers(files) if files.count("transformer_blocks.") else files
-    if "csize_embedder.mlp.0.weight" in files.shapes or any("resolution_embedder" in n for n in files.shapes):
-        raise UserError(f"{files.path}: PixArt-alpha 1024 conditions on picture size: not supported; "
-                        "use PixArt-sigma or PixArt-alpha 512")
     with torch.device("meta"):
         net = DiT(**dit_settings(files, config, positions))
-    return fill(net, files, dtype, ignore=("pos_embed",), skip=KEEP, **storage).eval()
-
-
-# --- text ----------------------------------------------------------------
-
-
-class Conditioning:
-    """Prompts -> conditioning of one family. An encoder is loaded when needed and, with offload, freed after
-    use."""
-
-    def __init__(self, family, folder, text, dtype, device, offload, net, quantise=None, t5=True,
-                 t5_length=256):
-        self.family, self.dtype, self.device, self.net, self.t5_length = family, dtype, device, net, t5_length
-        self.roots = [Path(p) for p in (text, folder) if p]
-        self.offload, self.quantise, self.t5 = offload, quantise, t5
-        self.loaded, self.tokenizers, self.ledger = {}, {}, Residency()
-
-    def __call__(self, prompts):
-        if self.family == "dit":
-            return dict(label=self.labels(prompts))
-        with torch.inference_mode():
-            return self.sd3(prompts) if self.family == "sd3" else self.pixart(prompts)
-
-    def labels(self, prompts):
-        """Class numbers; the empty prompt is the extra class 'none'."""
-        table = self.net.y_embedder.embedding_table.num_embeddings
-        try:
-            rows = [int(p) if p.strip() else table - 1 for p in prompts]
-        except ValueError:
-            raise UserError("this model takes class numbers as prompts, e.g. --prompt 207") from None
-        if not all(0 <= r < table for r in rows):
-            raise UserError(f"class numbers go from 0 to {table - 2}")
-        return torch.tensor(rows, device=self.device)
-
-    def find(self, name):
-        """The folder `name` (text_encoder, tokenizer_2 ...) in --text or in the model."""
-        return next((r / name for r in self.roots if (r / name).is_dir()), None)
-
-    def part(self, loader, number, name):
-        source = self.find(name)
-        single = next((r for r in self.roots if r.is_file()), None)
-        prefix = ""
-        if source is None and single is not None:
-            source, prefix = single, IN_SINGLE[number]
-            if not any(n.startswith(prefix) for n in Checkpoint.open(single).shapes):
-                source = None
-        if source is None:
-            raise UserError(f"no {name} in {', '.join(map(str, self.roots)) or 'the model'}; "
-                            "give the folder that holds it with --text")
-        dtype = torch.bfloat16 if loader is T5Encoder and self.dtype == torch.float16 else self.dtype
-        return loader.load(source, dtype, prefix, quantise=self.quantise)
-
-    def run(self, loader, number, name, call):
-        """call(encoder) with the encoder on the device; kept for the next prompt unless offloading."""
-        encoder = self.loaded.get(name) or self.part(loader, number, name)
-        if self.offload == "none":
-            self.loaded[name] = encoder.to(self.device)
-            return call(encoder)
-        with on(encoder, self.device, self.ledger):
-            return call(encoder)
-
-    def tokenizer(self, kind, name):
-        if name not in self.tokenizers:
-            folder = self.find(name)
-            if folder is None:
-                raise UserError(f"no {name} in {', '.join(map(str, self.roots))}; give its folder with --text")
-            self.tokenizers[name] = kind(folder)
-        return self.tokenizers[name]
-
-    def sd3(self, prompts):
-        """[CLIP-L | bigG, padded to the width of T5; T5 or zeros] and the two pooled vectors, joined."""
-        states, pooled = [], []
-        for number in (1, 2):
-            tail = "" if number == 1 else f"_{number}"
-            ids = self.tokenizer(CLIPTokenizer, "tokenizer" + tail)(prompts).to(self.device)
-            out = self.run(CLIPTextEncoder, number, "text_encoder" + tail, lambda e: e(ids))
-            states.append(out["penultimate"])
-            pooled.append(out["projected"])
-        width = self.net.context_embedder.in_features
-        text = torch.cat(states, -1)
-        text = torch.nn.functional.pad(text, (0, width - text.shape[-1]))
-        if self.t5 and (self.find("text_encoder_3") or not self.find("text_encoder_2")):
-            ids, _ = self.tokenizer(T5Tokenizer, "tokenizer_3")(prompts, self.t5_length)
-            t5 = self.run(T5Encoder, 3, "text_encoder_3", lambda e: e(ids.to(self.device)))
-        else:                                                # trained with each encoder dropped at times
-            t5 = text.new_zeros(len(prompts), self.t5_length, width)
-        return dict(text=torch.cat([text, t5.to(text)], 1), pooled=torch.cat(pooled, -1))
-
-    def pixart(self, prompts):
-        length = self.net.y_embedder.y_embedding.shape[0] if hasattr(self.net.y_embedder,
-                                                                     "y_embedding") else 120
-        ids, mask = self.tokenizer(T5Tokenizer, "tokenizer")(prompts, length)
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        return dict(text=self.run(T5Encoder, 3, "text_encoder", lambda e: e(ids, mask)), mask=mask)
+    return fill(net, files, dtype, ignore=("pos_embed",), skip=memory.KEEP, **storage).eval()
 
 
 # --- the whole model -----------------------------------------------------
 
 
-KEEP = "final|embed"                                       # never quantised: small, first and last
+
 
 
 def open_transformer(path, DiT, positions, dtype, quantise=None):
@@ -229,6 +137,8 @@ def open_transformer(path, DiT, positions, dtype, quantise=None):
     if family == "sd3":
         return family, MMDiT.load(files, dtype, config.get("num_attention_heads", 0),
                                   quantise=quantise), files
+    if family == "flux":
+        return family, Flux.load(files, dtype, config, quantise=quantise), files
     return family, load_dit(files, DiT, positions, dtype, config, quantise=quantise), files
 
 
@@ -237,10 +147,9 @@ def _json(path):
 
 
 def open_model(path, DiT, positions, dtype, device, *, text="", vae="", offload="none", quantise=None,
-               t5=True,
-               t5_length=256):
+               t5=True, t5_length=0, cache="", distilled=3.5):
     """A diffusers folder, a single-file SD3 or a transformer file -> Public. vae, text: folders or files for
-    parts that the model does not hold."""
+    parts that the model does not hold; cache: a folder that keeps text embeddings."""
     path = Path(path)
     part = path / "transformer" if (path / "transformer").is_dir() else path
     family, net, files = open_transformer(part, DiT, positions, dtype, quantise)
@@ -253,17 +162,29 @@ def open_model(path, DiT, positions, dtype, device, *, text="", vae="", offload=
     ae = AutoencoderKL.load(where,
                             dtype=torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
     ae = ae.to(memory_format=torch.channels_last)            # a fifth faster on CPU; the values stay
-    encode = Conditioning(family, path, text, dtype, device, offload, net, quantise, t5, t5_length)
-    size = (config.get("sample_size") or (128 if family == "sd3" else 64)) * ae.factor
+    dev = hasattr(net, "guidance_in")                        # FLUX.1-dev; schnell has no guidance input
+    encode = Conditioning(family, path, text, dtype, device, offload, net, quantise, t5,
+                          t5_length or (512 if dev else 256), distilled)
+    if cache and family != "dit":
+        known = [fingerprint(r) for r in encode.roots], family, t5, encode.t5_length, distilled, quantise
+        encode = TextCache(cache, [str(k) for k in known], encode)
+    size = (config.get("sample_size") or (64 if family == "pixart" else 128)) * ae.factor
     if family == "dit":
         side = int(files.shapes.get("pos_embed", (1, 256, 1))[1] ** 0.5) * net.patch
         size = (config.get("sample_size") or side) * ae.factor
     defaults = dict(sd3=dict(sampler="euler", grid="sd3", cfg=5.0, steps=28,
                              shift=scheduler.get("shift", 3.0)),
+                    flux=dict(sampler="euler", grid="flow", cfg=1.0, steps=28 if dev else 4,
+                              shift=flux_shift if scheduler.get("use_dynamic_shifting", dev) else 1.0),
                     pixart=dict(sampler="dpmpp_2m", grid="karras", cfg=4.5, steps=20),
                     dit=dict(sampler="dpmpp_2m", grid="karras", cfg=4.0, steps=30))[family]
-    schedule, prediction = ("flow", "flow") if family == "sd3" else ("linear", "eps")
+    schedule, prediction = ("flow", "flow") if family in ("sd3", "flux") else ("linear", "eps")
     return Public(family, net, ae, encode, schedule, prediction, dict(defaults, size=size))
+
+
+def flux_shift(tokens):
+    """FLUX.1-dev's time shift: its logarithm runs from 0.5 at 256 image tokens to 1.15 at 4096."""
+    return float(np.exp(0.5 + (tokens - 256) / (4096 - 256) * (1.15 - 0.5)))
 
 
 def describe(path):

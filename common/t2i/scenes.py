@@ -2,9 +2,9 @@
 just admired.
 
 A scene is one or two flat objects on a dark ground. Its caption says size, colour, shape and, for two
-objects, how the first stands to the second: `a large red circle left of a small blue square`. Two-object
-captions whose
-CRC-32 is 0 modulo 10 are held out: never drawn for training, they ask for composition rather than recall.
+objects, how the first stands to the second: `a large red circle left of a small blue square`. Captions fall
+into three parts by the CRC-32 of a two-object caption: 0 modulo 10 is the test, 1 modulo 20 the validation,
+which chooses the guidance scale. Neither is ever drawn for training: they ask for composition, not recall.
 """
 import itertools
 import random
@@ -25,17 +25,20 @@ FIELDS = ("count", "colour", "shape", "size", "relation", "exact")
 _OVER = 4                                               # supersampling before the box filter
 
 
-def captions(held_out=False):
-    """Every caption of the training part, or every held-out one, in a fixed order."""
+def captions(part="train"):
+    """Every caption of a part (train, validation, test), in a fixed order."""
     one = [" ".join(("a",) + o) for o in _objects()]
-    two = [f"a {' '.join(a)} {r} a {' '.join(b)}" for a, r,
-           b in itertools.product(_objects(), RELATIONS, _objects())
-           if a[1] != b[1]]
-    return [c for c in two if is_held_out(c)] if held_out else one + [c for c in two if not is_held_out(c)]
+    two = [f"a {' '.join(a)} {r} a {' '.join(b)}"
+           for a, r, b in itertools.product(_objects(), RELATIONS, _objects()) if a[1] != b[1]]
+    return [c for c in one + two if part_of(c) == part]
 
 
-def is_held_out(caption):
-    return caption.count(" a ") == 1 and zlib.crc32(caption.encode()) % 10 == 0
+def part_of(caption):
+    """train, validation (5 % of the two-object captions) or test (10 %)."""
+    crc = zlib.crc32(caption.encode())
+    if caption.count(" a ") == 0 or (crc % 10 and crc % 20 != 1):
+        return "train"
+    return "validation" if crc % 10 else "test"
 
 
 def parse(caption):
@@ -59,10 +62,10 @@ def draw(caption, seed, size=32):
     return np.asarray(picture.reduce(_OVER))
 
 
-def scenes(count, seed, held_out=False, single=0.25, size=32):
+def scenes(count, seed, part="train", single=0.25, size=32):
     """-> (pictures uint8 [count, size, size, 3], captions); a quarter of a training draw has one object."""
-    rng = random.Random(f"{seed}/{held_out}")
-    pool = captions(held_out)
+    rng = random.Random(f"{seed}/{part}")
+    pool = captions(part)
     ones, twos = [c for c in pool if " a " not in c], [c for c in pool if " a " in c]
     chosen = [rng.choice(ones if ones and rng.random() < single else twos) for _ in range(count)]
     return np.stack([draw(c, f"{seed}/{i}", size) for i, c in enumerate(chosen)]), chosen

@@ -22,7 +22,7 @@ from common.t2i.weights import Checkpoint
 RECIPE = ("model", "vae", "text", "prompt", "negative", "seed", "steps", "sample_steps", "shape", "sampler",
           "grid",
           "shift", "cfg", "guidance", "interval", "mimic", "phi", "init", "strength", "strength_mode", "mask",
-          "feather", "dtype", "quantise", "t5")
+          "feather", "crop", "apg", "cfg_end", "skip_layers", "skip_scale", "dtype", "quantise", "t5")
 
 
 def repeat(cfg):
@@ -73,41 +73,66 @@ def sample(cfg, model, generate, device):
         raise UserError("--mask needs the picture it belongs to: --init PICTURE")
     if not 0 <= cfg.strength <= 1:
         raise UserError(f"--strength {cfg.strength} is outside [0, 1]")
-    shape = shape_of(cfg, model.vae.factor * model.net.patch, model.defaults["size"])
-    init = pictures.read_rgb(cfg.init, shape) if cfg.init else None
-    mask = pictures.read_mask(cfg.mask, shape) if cfg.mask else None
+    shape, init, mask, finish = canvas(cfg, model)
     checker = SafetyChecker.load(cfg.safety) if cfg.safety else None
     if checker is None and model.family != "own":
         print("no safety model loaded; give its folder with --safety", file=sys.stderr)
     facts = dict(torch=torch.__version__, run=str(Path(cfg.out)), sha256=weights_hash(cfg),
                  defaults={k: str(v) for k, v in model.defaults.items()})
-    jobs, folder, made, began, ledger = jobs_of(cfg), Path(cfg.out,
-                                                           "samples"), [], time.time(), memory.Residency()
-    for at in range(0, len(jobs), cfg.at_once):
-        part = jobs[at:at + cfg.at_once]
-
-        def preview(step, pixels, at=at):
-            for k, p in enumerate(pixels):
-                pictures.save_png(folder / f"{at + k:04d}-step{step:03d}.png", p, dict(step=step))
-        pixels = generate(model, [t for t, _ in part], cfg, device, [s for _, s in part], shape, init, mask,
-                          preview,
-                          ledger)
-        for k, ((text, seed), p) in enumerate(zip(part, pixels)):
+    jobs, folder, made = jobs_of(cfg), Path(cfg.out, "samples"), {}
+    began, ledger = time.time(), memory.Residency()
+    for part in batches(cfg, model, jobs):
+        def preview(step, pixels, part=part):
+            for k, p in zip(part, pixels):
+                pictures.save_png(folder / f"{k:04d}-step{step:03d}.png", p, dict(step=step))
+        pixels = generate(model, [jobs[k][0] for k in part], cfg, device, [jobs[k][1] for k in part], shape,
+                          init, mask, preview, ledger)
+        for k, p in zip(part, pixels):
+            (text, seed), p, flag = jobs[k], finish(p), ""
             recipe = {name: getattr(cfg, name) for name in RECIPE} | facts | dict(prompt=text, seed=seed)
-            path, flag = folder / f"{at + k:04d}.png", ""
+            path = folder / f"{k:04d}.png"
             if checker:
                 recipe["safety"], = checker.scores([p], cfg.safety_offset)
                 if recipe["safety"]["flagged"]:
                     p, flag = pictures.block(p, cfg.safety_action), f"  FLAGGED ({cfg.safety_action})"
             pictures.save_png(path, p, recipe)
-            made.append(p)
+            made[k] = p
             print(f"{path}  seed {seed}  {text}{flag}")
+    made = [made[k] for k in range(len(jobs))]
     if len(made) > 1:
         draw.save(draw.grid(made, scale=max(1, 96 // made[0].shape[0])), folder / "grid.png")
     ledger.peak = max(ledger.peak, getattr(model.encode, "ledger", ledger).peak)
     print(f"{len(made)} pictures in {time.time() - began:.1f} s; peak memory {memory.peak_gb(device):.2f} GB"
           + (f", offloaded weights on the device at most {ledger.peak / 1e6:.1f} MB" if ledger.peak else ""))
     return made
+
+
+def batches(cfg, model, jobs):
+    """Job numbers in batches of --at-once; prompts of different length in windows never share one, so that a
+    picture does not depend on its neighbours."""
+    length = getattr(model.encode, "windows", lambda texts: 0)
+    groups = {}
+    for k, (text, _) in enumerate(jobs):
+        groups.setdefault(length([text, cfg.negative]), []).append(k)
+    return [g[i:i + cfg.at_once] for g in groups.values() for i in range(0, len(g), cfg.at_once)]
+
+
+def canvas(cfg, model):
+    """-> (shape, init, mask, finish): what generate works on, and what turns its picture into the final one.
+
+    --crop: it works on the masked part and a margin, at the model's size; finish pastes it back."""
+    unit, default = model.vae.factor * model.net.patch, model.defaults["size"]
+    if cfg.crop and not cfg.mask:
+        raise UserError("--crop works around a mask: give --mask and --init")
+    shape = shape_of(dataclasses.replace(cfg, init="") if cfg.crop else cfg, unit, default)
+    if not cfg.crop:
+        init = pictures.read_rgb(cfg.init, shape) if cfg.init else None
+        return shape, init, pictures.read_mask(cfg.mask, shape) if cfg.mask else None, lambda p: p
+    whole = pictures.read_rgb(cfg.init)
+    mask = pictures.read_mask(cfg.mask, whole.shape[1::-1])
+    box = pictures.region(mask, cfg.crop, shape[0] / shape[1])
+    return (shape, pictures.cut(whole, box, shape), pictures.cut(mask, box, shape),
+            lambda p: pictures.paste(p, whole, mask, box, cfg.feather))
 
 
 def weights_hash(cfg):
@@ -136,7 +161,7 @@ def quantise(cfg, DiT, positions):
     for linear in [m for m in net.modules() if type(m) is nn.Linear and m.weight.numel() >= memory.LEAST]:
         stored = memory.QLinear.of(linear, cfg.quantise).weight
         errors.append(float((stored - linear.weight).norm() / linear.weight.norm().clamp(min=1e-12)))
-    memory.quantise(net, cfg.quantise, skip=public.KEEP)
+    memory.quantise(net, cfg.quantise, skip=memory.KEEP)
     path = Path(cfg.out, f"transformer-{cfg.quantise}.safetensors")
     save_weights(path, net.state_dict(), dict(kind=cfg.quantise))
     print(f"{path}: {before / 1e6:.1f} -> {memory.size_bytes(net) / 1e6:.1f} MB, "

@@ -195,14 +195,19 @@ class T5Tokenizer:
                 ids.append(piece)
         return ids[::-1]
 
+    def report(self, row, length):
+        """Say which words do not fit into `length` tokens with their end."""
+        if len(row) > length - 1:
+            lost = "".join(self.pieces[i] for i in row[length - 1:]).replace(MARK, " ").strip()
+            print(f"T5 reads {length - 1} tokens; lost: {lost[:200]}", file=sys.stderr)
+
     def __call__(self, texts, length, warn=True):
         ids = torch.full((len(texts), length), PAD)
         mask = torch.zeros(len(texts), length, dtype=torch.bool)
         for k, text in enumerate(texts):
             row = self.tokens(text)
-            if warn and len(row) > length - 1:
-                lost = "".join(self.pieces[i] for i in row[length - 1:]).replace(MARK, " ").strip()
-                print(f"T5 reads {length - 1} tokens; lost: {lost[:200]}", file=sys.stderr)
+            if warn:
+                self.report(row, length)
             row = [*row[:length - 1], EOS]
             ids[k, :len(row)] = torch.tensor(row)
             mask[k, :len(row)] = True
@@ -306,6 +311,10 @@ class T5Encoder(nn.Module):
                       shapes["shared.weight"][0], buckets)
         return fill(net, files, dtype, ignore=("encoder.embed_tokens.", "decoder.", "lm_head."),
                     **storage).eval()
+
+    @property
+    def blocks(self):
+        return self.encoder["block"]
 
     def bias(self, length, device):
         """Position bias [1, heads, L, L]: stored in the first block, used by all."""

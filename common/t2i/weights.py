@@ -20,7 +20,7 @@ from torch import nn
 from common.ckpt import sha256_file
 from common.files import read_json
 from common.flags import UserError
-from common.t2i.memory import LEAST, QLinear, replace
+from common.t2i.memory import GROUP, LEAST, QEmbedding, QLinear, replace, small
 
 HEADER_LIMIT = 100 << 20                                     # the limit of the safetensors library itself
 
@@ -171,11 +171,12 @@ def fill(module, files, dtype, ignore=(), quantise=None, skip="$^", least=LEAST)
     """Give a module built on the meta device its weights, one tensor at a time -> module.
 
     Every key must be there with its shape and none left over (but `ignore`, a prefix each); otherwise one
-    line says what was expected and found. quantise: int8 or fp8 for linears of `least` weights or more whose
-    names `skip` does not match; a file that `quantise` wrote loads as it is.
+    line says what was expected and found. quantise: int8 or fp8 for linears and embeddings of `least` weights
+    or more whose names `skip` does not match; a file that `quantise` wrote loads as it is.
     Peak memory is the model plus one tensor."""
     for path in {n.rpartition(".")[0] for n in files.shapes if n.endswith(".q")}:  # stored in 8 bits already
-        replace(module, path, QLinear.like(files.shapes, path))
+        kind = QEmbedding if type(module.get_submodule(path)) is nn.Embedding else QLinear
+        replace(module, path, like(kind, files.shapes, path))
     want = {n: tuple(t.shape) for n, t in module.state_dict().items()}
     have = {n: s for n, s in files.shapes.items() if not n.startswith(tuple(ignore))}
     missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
@@ -190,13 +191,24 @@ def fill(module, files, dtype, ignore=(), quantise=None, skip="$^", least=LEAST)
         for leaf in (*part._parameters, *part._buffers):
             name = f"{path}.{leaf}" if path else leaf
             if name in want:
-                kept = isinstance(part, QLinear) and leaf != "bias"
+                kept = isinstance(part, (QLinear, QEmbedding)) and leaf != "bias"
                 _assign(part, leaf, files.get(name) if kept else _cast(files.get(name), dtype))
-        if quantise and type(part) is nn.Linear and part.weight.numel() >= least and not re.search(skip
-                                                                                                   or "$^",
-                                                                                                   path):
-            replace(module, path, QLinear.of(part, quantise))
+        if quantise and (new := small(part, path, quantise, skip, least)) is not None:
+            replace(module, path, new)
+    if quantise and isinstance(getattr(module, "pos_embed", None), torch.Tensor):
+        module.pos_embed = module.pos_embed.half()
     return module
+
+
+def like(kind, shapes, path):
+    """An empty QLinear or QEmbedding of the shapes stored under path, on the meta device."""
+    q, scale = shapes[f"{path}.q"], shapes[f"{path}.scale"]
+    fp8 = scale[1] == 1 and q[1] % GROUP == 0 and q[1] > GROUP
+    parts = [torch.empty(q, dtype=torch.float8_e4m3fn if fp8 else torch.int8, device="meta"),
+             torch.empty(scale, device="meta")]
+    if kind is QEmbedding:
+        return QEmbedding(*parts)
+    return QLinear(*parts, torch.empty(q[0], device="meta") if f"{path}.bias" in shapes else None)
 
 
 def _cast(tensor, dtype):

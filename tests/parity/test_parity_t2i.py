@@ -3,6 +3,7 @@
 Tolerances: 1e-4 absolute on outputs of order one (both sides float32, other order of sums); 1e-5 for
 samplers, whose public tables are float32; PSNR above 50 dB for a whole pipeline, the bound of the task.
 """
+import dataclasses
 import json
 import random
 
@@ -239,6 +240,64 @@ def test_pixart_equals_diffusers(tmp_path, sample, stretch):
     torch.testing.assert_close(ours(x, t, text=text, mask=mask), want, rtol=0, atol=1e-4)
 
 
+def test_pixart_alpha_1024_equals_diffusers(tmp_path):
+    """The picture's size and aspect ratio join the time; ours reads both off the latents."""
+    theirs = randomise(diffusers.PixArtTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2, sample_size=128,
+        patch_size=2, cross_attention_dim=48, caption_channels=24, use_additional_conditions=True))
+    _, ours, _ = public.open_transformer(save(theirs, tmp_path), t2i.DiT, t2i.sincos_2d, torch.float32)
+    x, t, text = torch.randn(2, 4, 16, 12), torch.tensor([30.0, 700.0]), torch.randn(2, 7, 24)
+    size = dict(resolution=torch.tensor([[128.0, 96.0]] * 2), aspect_ratio=torch.tensor([[128 / 96]] * 2))
+    want = theirs(x, encoder_hidden_states=text, timestep=t, added_cond_kwargs=size).sample
+    assert ours.micro
+    torch.testing.assert_close(ours(x, t, text=text), want, rtol=0, atol=1e-4)
+
+
+def flux_transformer(guidance):
+    return diffusers.FluxTransformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=3,
+        joint_attention_dim=48, pooled_projection_dim=24, guidance_embeds=guidance, axes_dims_rope=(4, 6, 6))
+
+
+@pytest.mark.parametrize("dev", [True, False])
+def test_flux_equals_diffusers_in_both_spellings(tmp_path, dev):
+    from safetensors.torch import save_file
+    theirs = randomise(flux_transformer(dev), 0.2)
+    family, ours, _ = public.open_transformer(save(theirs, tmp_path), t2i.DiT, t2i.sincos_2d, torch.float32)
+    x, t, text, pooled = (torch.randn(2, 4, 8, 12), torch.tensor([500.0, 20.0]), torch.randn(2, 7, 48),
+                          torch.randn(2, 24))
+    guidance = torch.tensor([3.5, 1.0]) if dev else None
+    packed = diffusers.FluxPipeline._pack_latents(x, 2, 4, 8, 12)
+    places = diffusers.FluxPipeline._prepare_latent_image_ids(2, 4, 6, "cpu", torch.float32)
+    want = theirs(packed, encoder_hidden_states=text, pooled_projections=pooled, timestep=t / 1000,
+                  img_ids=places, txt_ids=torch.zeros(7, 3), guidance=guidance).sample
+    want = diffusers.FluxPipeline._unpack_latents(want, 64, 96, 8)
+    got = ours(x, t, text, pooled, guidance)
+    assert family == "flux"
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    theirs_of = ((r"ln_q.weight", "norm.query_norm.scale"), (r"ln_k.weight", "norm.key_norm.scale"),
+                 ("_in.0", "_in.in_layer"), ("_in.2", "_in.out_layer"), ("_mod.", "_mod.lin."), (".fc1", ".0"),
+                 (".fc2", ".2"), ("modulation.weight", "modulation.lin.weight"),
+                 ("modulation.bias", "modulation.lin.bias"))
+    names = {}
+    for name, tensor in ours.state_dict().items():           # the spelling of the authors' own files
+        for old, new in theirs_of:
+            name = name.replace(old, new)
+        names[name] = tensor.contiguous()
+    (tmp_path / "bfl").mkdir()
+    save_file(names, tmp_path / "bfl" / "flux.safetensors")
+    (tmp_path / "bfl" / "config.json").write_text(json.dumps(dict(num_attention_heads=3, axes_dims_rope=[4, 6, 6])))
+    _, again, _ = public.open_transformer(tmp_path / "bfl", t2i.DiT, t2i.sincos_2d, torch.float32)
+    assert torch.equal(again(x, t, text, pooled, guidance), got)
+
+
+def test_flux_has_the_published_number_of_parameters():
+    from common.t2i.flux import Flux
+    with torch.device("meta"):
+        ours, theirs = Flux(), diffusers.FluxTransformer2DModel(guidance_embeds=True)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) == 11_901_408_320
+
+
 @pytest.mark.parametrize("options", [{}, dict(qk_norm="rms_norm", dual_attention_layers=(0, 1))])
 def test_sd3_equals_diffusers(tmp_path, options):
     theirs = randomise(sd3_transformer(**options))
@@ -251,10 +310,10 @@ def test_sd3_equals_diffusers(tmp_path, options):
 
 
 def sd3_transformer(**options):
-    return diffusers.SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8,
-        num_attention_heads=4, joint_attention_dim=48, caption_projection_dim=32, pooled_projection_dim=40,
-        pos_embed_max_size=12, **options)
+    sizes = dict(sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8,
+                 num_attention_heads=4, joint_attention_dim=48, caption_projection_dim=32,
+                 pooled_projection_dim=40, pos_embed_max_size=12)
+    return diffusers.SD3Transformer2DModel(**(sizes | options))
 
 
 # --- samplers ------------------------------------------------------------
@@ -338,6 +397,15 @@ def test_apg_equals_diffusers():
         want = normalized_guidance(c, u, 5.0, None, eta, norm, True)  # the paper's form: c + (w - 1) update
         torch.testing.assert_close(t2i.guide(c, u, 6.0, "apg", eta=eta, norm=norm), want, rtol=1e-4,
                                    atol=1e-4)
+
+
+def test_apg_momentum_equals_diffusers():
+    from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
+    theirs, ours = MomentumBuffer(-0.75), t2i.Momentum(-0.75)
+    for _ in range(3):
+        c, u = torch.randn(2, 4, 6, 6), torch.randn(2, 4, 6, 6)
+        want = normalized_guidance(c, u, 5.0, theirs, 0.0, 3.0, True)
+        torch.testing.assert_close(t2i.guide(c, u, 6.0, "apg", norm=3.0, momentum=ours), want, rtol=1e-4, atol=1e-4)
 
 
 # --- a whole pipeline ----------------------------------------------------
@@ -441,3 +509,128 @@ def test_the_pixart_pipeline_makes_the_same_pictures(tmp_path, t5_folder):
     # the pipeline's scheduler cleans captions to lower case before T5
     made = t2i.generate(model, PROMPTS[:1], cfg, torch.device("cpu"), [0], (64, 64))
     assert made.std() > 10 and psnr(made, (want * 255).round()) > 50
+
+
+def test_skip_layer_guidance_makes_the_same_pictures(sd3_folder):
+    folder, pipe = sd3_folder
+    noise = t2i.start_noise(0, (1, 4, 8, 8))
+    plain = dict(num_inference_steps=15, guidance_scale=4.0, height=64, width=64, output_type="np")
+    cfg, model = ours_like(folder, skip_layers=(0.0, 1.0), skip_scale=20.0)
+    cfg = dataclasses.replace(cfg, steps=15, cfg=4.0)
+    want = pipe(PROMPTS[:1], negative_prompt="blurry", latents=noise, skip_guidance_layers=[0, 1],
+                skip_layer_guidance_scale=20.0, **plain).images
+    without = pipe(PROMPTS[:1], negative_prompt="blurry", latents=noise, **plain).images
+    made = t2i.generate(model, PROMPTS[:1], cfg, torch.device("cpu"), [0], (64, 64))
+    assert psnr(made, (want * 255).round()) > 50 > psnr(made, (without * 255).round())
+
+
+def test_an_inpainting_checkpoint_makes_the_same_pictures(sd3_folder):
+    """SD3 with 33 input channels: latents, mask, latents of the picture with the hole grey."""
+    folder, pipe = sd3_folder
+    vae = randomise(diffusers.AutoencoderKL(
+        block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=64, latent_channels=16,
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609), 0.1, 4)
+    vae.decoder.conv_out.weight.data *= 3
+    net = randomise(sd3_transformer(in_channels=33, out_channels=16), 0.1, 5)
+    parts = {k: v for k, v in pipe.components.items() if k not in ("transformer", "vae")}
+    painter = diffusers.StableDiffusion3InpaintPipeline(transformer=net, vae=vae, **parts)
+    where = folder.parent / "sd3-inpaint"
+    painter.save_pretrained(where)
+    painter.set_progress_bar_config(disable=True)
+    init = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
+    init[8:40, 8:40] = (200, 30, 30)
+    mask = np.zeros((64, 64), bool)
+    mask[10:45, 5:37] = True
+    cfg, model = ours_like(where, strength=1.0)
+    image = t2i.to_images(init[None])
+    hole = torch.from_numpy(mask).float()[None, None]
+    held = model.vae.encode(image * (1 - hole))[0]           # both sides: the mean, not a draw
+    noise = t2i.start_noise(0, (1, 16, 8, 8))
+    want = painter(PROMPTS[0], negative_prompt="blurry", image=image, mask_image=hole, masked_image_latents=held,
+                   num_inference_steps=8, guidance_scale=5.0, height=64, width=64, strength=1.0, latents=noise,
+                   output_type="latent").images
+    # this pipeline of diffusers 0.42.1 decodes without adding the VAE's shift, as its text-to-image one does
+    want = vae.decode(want / 1.5305 + 0.0609).sample.permute(0, 2, 3, 1).numpy().clip(-1, 1) / 2 + 0.5
+    made = t2i.generate(model, PROMPTS[:1], cfg, torch.device("cpu"), [0], (64, 64), init, mask)[0]
+    assert model.net.extra == 17 and made[mask].std() > 10
+    assert psnr(made[mask], (want[0] * 255).round()[mask]) > 50 and np.array_equal(made[~mask], init[~mask])
+    whole = t2i.generate(model, PROMPTS[:1], cfg, torch.device("cpu"), [0], (64, 64))
+    assert whole.std() > 10                                  # without a picture all of it is repainted
+
+
+@pytest.mark.parametrize("dev", [True, False])
+def test_the_flux_pipeline_makes_the_same_pictures(tmp_path, clip_folder, t5_folder, dev):
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(clip_folder, model_max_length=77)
+    clip_text = randomise(transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=24, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        eos_token_id=tokenizer.eos_token_id)), 0.2, 1)
+    t5 = randomise(transformers.T5EncoderModel(transformers.T5Config(
+        vocab_size=1200, d_model=48, d_kv=12, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False)), 0.2, 3)
+    vae = randomise(diffusers.AutoencoderKL(
+        block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=64, latent_channels=4,
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159), 0.1, 4)
+    vae.decoder.conv_out.weight.data *= 3
+    pipe = diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0 if dev else 1.0, use_dynamic_shifting=dev),
+        vae=vae, text_encoder=clip_text, tokenizer=tokenizer, text_encoder_2=t5,
+        tokenizer_2=transformers.T5Tokenizer.from_pretrained(t5_folder), transformer=randomise(flux_transformer(dev), 0.1, 5))
+    pipe.save_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    noise = t2i.start_noise(0, (1, 4, 8, 12))
+    packed = pipe._pack_latents(noise, 1, 4, 8, 12)
+    want = pipe(PROMPTS[0], num_inference_steps=6, guidance_scale=3.5, height=64, width=96, latents=packed,
+                max_sequence_length=512 if dev else 256, output_type="np").images
+    cfg = t2i.Config(model=str(tmp_path), device="cpu", steps=6)
+    made = t2i.generate(t2i.load_model(cfg, torch.device("cpu")), PROMPTS[:1], cfg, torch.device("cpu"), [0], (96, 64))
+    assert made.std() > 10 and psnr(made, (want * 255).round()) > 50
+
+
+def test_long_prompts_are_windows_of_the_public_encoder(sd3_folder):
+    folder, pipe = sd3_folder
+    _, model = ours_like(folder)
+    encode, long = model.encode, "a lighthouse at dusk, " * 30
+    tokens = encode.tokenizer(t2i.CLIPTokenizer, "tokenizer").tokens(long)
+    n = encode.windows([long])
+    assert n > 1 and encode([long])["text"].shape[1] == n * 77 + 256
+    states, _ = encode.clip([long, "short"], 1, "", n)
+    from common.t2i import prompts
+    rows = prompts.windows(long, encode.tokenizer(t2i.CLIPTokenizer, "tokenizer"))
+    assert [i for r in rows for i, _ in r] == tokens and max(map(len, rows)) <= 75
+    start, end = pipe.tokenizer.bos_token_id, pipe.tokenizer.eos_token_id
+    ids = torch.full((n, 77), pipe.tokenizer.pad_token_id)
+    for k, row in enumerate(rows):
+        ids[k, :len(row) + 2] = torch.tensor([start, *(i for i, _ in row), end])
+    want = pipe.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(states[0], want.flatten(0, 1), rtol=0, atol=1e-4)
+    short = encode(["short"], n)                             # alone or beside a long one: the same
+    torch.testing.assert_close(encode([long, "short"])["text"][1], short["text"][0], rtol=0, atol=1e-5)
+
+
+def test_prompt_weights_scale_the_distance_from_the_empty_prompt(sd3_folder):
+    folder, _ = sd3_folder
+    _, model = ours_like(folder)
+    encode = model.encode
+    plain, empty = encode(["a red door"])["text"][0], encode([""])["text"][0]
+    for text in ("a (red:1) door", "(a red door:1.0)"):
+        got = encode([text])["text"][0]
+        torch.testing.assert_close(got[:77], plain[:77], rtol=0, atol=1e-5)      # T5 cuts words at the brackets
+    strong = encode(["(a red door:1.5)"])["text"][0]
+    count = len(encode.tokenizer(t2i.CLIPTokenizer, "tokenizer").tokens("a red door"))
+    torch.testing.assert_close(strong[1:count + 1], empty[1:count + 1] + 1.5 * (plain - empty)[1:count + 1],
+                               rtol=0, atol=1e-4)
+    torch.testing.assert_close(strong[count + 1:77], plain[count + 1:77], rtol=0, atol=1e-5)
+
+
+def test_the_text_cache_changes_nothing_and_encodes_once(sd3_folder, tmp_path):
+    folder, _ = sd3_folder
+    cfg, model = ours_like(folder)
+    want = t2i.generate(model, PROMPTS, cfg, torch.device("cpu"), [0, 1], (64, 64))
+    cfg, model = ours_like(folder, cache=str(tmp_path))
+    assert np.array_equal(t2i.generate(model, PROMPTS, cfg, torch.device("cpu"), [0, 1], (64, 64)), want)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3   # two prompts and the negative one
+    cfg, model = ours_like(folder, cache=str(tmp_path))
+    assert np.array_equal(t2i.generate(model, PROMPTS, cfg, torch.device("cpu"), [0, 1], (64, 64)), want)
+    assert not model.encode.loaded                           # no encoder was opened
