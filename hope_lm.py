@@ -36,7 +36,7 @@ from common.hope import corpus, optim, sidecar, text
 from common.hope.blocks import (Attention, Conv, DeltaNet, RMSNorm, SwiGLU, cut, detached, glue,
                            inverse_softplus, linear, log_sigmoid, nll, pieces, rates, rope, unit)
 from common.run import opt
-from common.hope.scan import chunk_rule, decays, read, write
+from common.hope.scan import advance, chunk_rule, decays
 from common.hope.synthetic import Task
 from common.hope.text import BPE
 
@@ -165,21 +165,44 @@ PRESETS = {
 # --- memory: an MLP whose weights are the state ----------------------------------------------------
 
 
+class SiLU(torch.autograd.Function):
+    """s(z) = z sigmoid(z) and its slope s'(z): a memory's own gradient needs both, and is itself differentiated."""
+
+    @staticmethod
+    def forward(ctx, z):
+        gate = torch.sigmoid(z)
+        y = z * gate
+        slope = torch.addcmul(gate, y, 1 - gate)
+        ctx.save_for_backward(z, gate, slope)
+        ctx.set_materialize_grads(False)
+        return y, slope
+
+    @staticmethod
+    def backward(ctx, gy, gslope):
+        z, gate, slope = ctx.saved_tensors
+        grad = gy * slope if gy is not None else torch.zeros_like(z)
+        if gslope is not None:                      # s'' = sigmoid' (2 + z (1 - 2 sigmoid))
+            second = (1 - 2 * gate).mul_(z).add_(2).mul_(gate).mul_(1 - gate)
+            grad.addcmul_(gslope, second)
+        return grad
+
+
 def recall(Ws, z):
     """W_n s(... s(W_1 z)), s = SiLU -> (outputs W x of each layer, its inputs x, slopes s' between them)."""
-    outputs, inputs, slopes, x = [], [z], [], z
-    for W in Ws[:-1]:
-        outputs.append(x @ W.mT)
-        gate = torch.sigmoid(outputs[-1])
-        x = outputs[-1] * gate
-        slopes.append(torch.addcmul(gate, x, 1 - gate))
+    outputs, inputs, slopes = [z @ Ws[0].mT], [z], []
+    for W in Ws[1:]:
+        x, slope = SiLU.apply(outputs[-1])
         inputs.append(x)
-    return [*outputs, x @ Ws[-1].mT], inputs, slopes
+        slopes.append(slope)
+        outputs.append(x @ W.mT)
+    return outputs, inputs, slopes
 
 
 def answer(Ws, z, residual):
     """M(z) = [z +] W_n s(... s(W_1 z))."""
-    y = recall(Ws, z)[0][-1]
+    y = z @ Ws[0].mT
+    for W in Ws[1:]:
+        y = F.silu(y) @ W.mT
     return z + y if residual else y
 
 
@@ -211,33 +234,33 @@ def learn(Ws, Ss, k, v, eta, log_keep, log_mom, q, rule, residual, own_target):
     the chunk's first weights (NL 90).
     """
     Wk, inputs, slopes = recall(Ws, k)
-    target = recall(Ws, v)[0][-1] if own_target else v
-    error = Wk[-1] - target
+    error = Wk[-1] - (answer(Ws, v, False) if own_target else v)
     if residual:
         error = error + (k - v if own_target else k)
-    gate = (error.detach().norm(dim=-1).mean(-1, keepdim=True) >= rule.threshold).to(error.dtype)
-    eta = eta * gate if rule.threshold else eta
+    gate = error.new_ones(1)
+    if rule.threshold:
+        gate = (error.detach().norm(dim=-1).mean(-1, keepdim=True) >= rule.threshold).to(error.dtype)
+        eta = eta * gate
     grads = surprise(Ws, slopes, error)
     if rule.kind != "scan":
         out = answer(Ws, q, residual) if q is not None else None
         moved = [chunk_rule(rule.kind, W, S, (eta[..., None] * g).mT @ x, log_keep.sum(-1).exp(), log_mom)
                  for W, S, g, x in zip(Ws, Ss, grads, inputs)]
         return [m[0] for m in moved], [m[1] for m in moved], out, gate
-    now, before, tail = decays(log_keep, log_mom)
-    at = before if rule.before else now
-    W_new, S_new, h = [], [], q
-    for W, S, g, x, Wx in zip(Ws, Ss, grads, inputs, Wk):
-        size = x.square().sum(-1)
-        step = {"proximal": lambda: eta / (1 + eta * size), "unit": lambda: eta / size.clamp(min=1e-4),
-                "none": lambda: eta.expand_as(size)}[rule.normal]()
+    late = q is not None and not rule.before and not rule.boundary
+    early = rule.delta or q is not None and rule.before and not rule.boundary
+    rates, W_new, S_new, h = decays(log_keep, log_mom, early, late), [], [], None if rule.boundary else q
+    for i, (W, S, g, x, Wx) in enumerate(zip(Ws, Ss, grads, inputs, Wk)):
+        norm = torch.linalg.vector_norm(x, dim=-1)
+        step = {"proximal": lambda: eta / (1 + eta * norm.square()),     # noqa: B023, called at once
+                "unit": lambda: eta / norm.square().clamp(min=1e-4), "none": lambda: eta.expand_as(norm)}[rule.normal]()
+        scale = step
         if rule.clip:
-            g = g * (rule.clip * torch.rsqrt((g.square().sum(-1) * size).clamp(min=rule.clip**2)))[..., None]
-        w = -step[..., None] * g
-        W_end, S_end, u = write(W, S, x, w, step if rule.delta else None, now, before, tail, Wx)
+            scale = step * (rule.clip / (torch.linalg.vector_norm(g, dim=-1) * norm).clamp(min=rule.clip))
+        W_end, S_end, h = advance(W, S, x, -scale[..., None] * g, step if rule.delta else None, rates, Wx,
+                                  F.silu(h) if i and h is not None else h, not rule.before)
         W_new.append(W_end)
         S_new.append(S_end)
-        if q is not None and not rule.boundary:
-            h = read(W, S, x, w, u, h if W is Ws[0] else F.silu(h), at)
     if q is not None:
         h = answer(Ws, q, residual) if rule.boundary else (q + h if residual else h)
     return W_new, S_new, h, gate
@@ -562,7 +585,8 @@ class CMS(nn.Module):
                 moved.append(chunk_rule(rule.kind, W, S, (eta[..., None] * g).mT @ row, one[:, 0] + 1, mom))
                 continue
             step = eta / (1 + eta * row.square().sum(-1)) if rule.delta else eta
-            moved.append(write(W, S, row, -step[..., None] * g, step if rule.delta else None, *decays(one, mom))[:2])
+            moved.append(advance(W, S, row, -step[..., None] * g, step if rule.delta else None,
+                                 decays(one, mom, rule.delta, False))[:2])
         return [W for W, _ in moved], [S for _, S in moved]
 
 

@@ -166,7 +166,7 @@ def test_dgd_is_the_proximal_minimiser():
     eta = torch.tensor([0.7], dtype=torch.float64)
     step = eta / (1 + eta * (x @ x))
     zero = torch.zeros(1, dtype=torch.float64)
-    new, _, _ = h.write(W, None, x[None], (step * u)[None], step, *h.decays(zero))
+    new, _, _ = h.advance(W, None, x[None], (step * u)[None], step, h.decays(zero))
     residual = torch.outer(new @ x - u, x) + (new - W) / eta
     assert residual.abs().max() < 1e-12
     assert (new @ x - u).norm() < (W @ x - u).norm()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.hope.scan import decays, read, write
+from common.hope.scan import advance, decays
 
 
 def unit(x):
@@ -156,11 +156,8 @@ def delta_net(q, k, v, beta, log_keep, S, chunk):
         for lo in range(0, k.shape[-2], chunk):
             at = slice(lo, lo + chunk)
             x, b, a = k[..., at, :], beta[..., at], log_keep[..., at]
-            now, before, _ = decays(a)
-            w = b[..., None] * v[..., at, :]
-            S_new, _, u = write(S, None, x, w, b * a.exp(), now, before, None)
-            outs.append(read(S, None, x, w, u, q[..., at, :], now))
-            S = S_new
+            S, _, out = advance(S, None, x, b[..., None] * v[..., at, :], b * a.exp(), decays(a), q=q[..., at, :])
+            outs.append(out)
     return torch.cat(outs, -2), S
 
 

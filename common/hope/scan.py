@@ -6,6 +6,8 @@ covers Titans (rho = 0), HOPE (DGD with momentum), DeltaNet and Gated DeltaNet (
 write rows w_t are known beforehand, so the recurrence is a few matrix products and one unit triangular inverse, exact
 up to rounding; tests/test_hope_lm.py holds it to the token loop at 1e-10.  Decay products stand in log space.
 
+The chunk's backward is written out: autograd's own keeps three times the tensors and passes over memory twice as often.
+
 C tokens of a chunk  O, I rows out, in
 """
 
@@ -17,88 +19,203 @@ import torch.nn.functional as F
 
 
 class Decay(NamedTuple):
-    """Weights of the past in W_t: A of W_0, B of S_0 (None without momentum), C of write i, R of correction i."""
+    """Weights of the past in W_t: A of W_0, B of S_0, C of write i (None without momentum: R), R of correction i."""
     A: torch.Tensor
     B: torch.Tensor | None
-    C: torch.Tensor
+    C: torch.Tensor | None
     R: torch.Tensor
 
 
-def decays(log_keep, log_mom=None):
-    """Decay products of a chunk in log space: log a_t, log m_t [..., C] -> (at t, at t-1, (H_C, R^H_C) or None).
-
-    A_t = prod a, R_ti = A_t/A_i, H_t = prod m, C = R R^H, B_t = sum_s R_ts H_s; one past row is a shift down.
-    """
-    def ratios(log):
-        total = log.cumsum(-1)
-        future = torch.ones(log.shape[-1], log.shape[-1], dtype=torch.bool, device=log.device).triu(1)
-        return total.exp(), (total[..., :, None] - total[..., None, :]).masked_fill(future, -math.inf).exp()
-
-    A, R = ratios(log_keep)
-    if log_mom is None:
-        now, tail = Decay(A, None, R, R), None
-    else:
-        H, RH = ratios(log_mom)
-        now, tail = Decay(A, (R @ H[..., None])[..., 0], R @ RH, R), (H[..., -1], RH[..., -1, :])
-    shift = [None if m is None else F.pad(m[..., :-1, :], (0, 0, 1, 0)) for m in (now.C, now.R)]
-    before = Decay(F.pad(A[..., :-1], (1, 0), value=1.0),
-                   None if log_mom is None else F.pad(now.B[..., :-1], (1, 0)), *shift)
-    return now, before, tail
+class End(NamedTuple):
+    """The same at the chunk's last token, and H, RH: weights of S_0 and of write i in its S (None without momentum)."""
+    A: torch.Tensor
+    B: torch.Tensor | None
+    C: torch.Tensor | None
+    R: torch.Tensor
+    H: torch.Tensor | None
+    RH: torch.Tensor | None
 
 
-class UnitInverse(torch.autograd.Function):
-    """(I + L)^-1 of a strictly lower L [..., C, C]; backward -T^T G T^T is two products instead of two solves."""
+class Ratios(torch.autograd.Function):
+    """exp(row_t - column_i) for i <= t + diagonal, else 0: [..., C], [..., C] -> [..., C, C]."""
 
     @staticmethod
-    def forward(ctx, lower):
-        eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
-        T = torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True)
-        ctx.save_for_backward(T)
-        return T
+    def forward(ctx, row, column, diagonal):
+        out = (row[..., :, None] - column[..., None, :]).exp_().tril_(diagonal)
+        ctx.save_for_backward(out)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        T, = ctx.saved_tensors
-        return -(T.mT @ grad @ T.mT).tril(-1)
+        grad = grad * ctx.saved_tensors[0]
+        return grad.sum(-1), -grad.sum(-2), None
 
 
-def write(W, S, x, w, rho, now, before, tail, Wx=None):
-    """Weights after a chunk of writes w x^T and corrections -rho (W x) x^T -> (W [..,O,I], S, u [..,C,O]).
+def decays(log_keep, log_mom=None, before=True, now=True):
+    """Decay products of a chunk in log space: log a_t, log m_t [..., C] -> (Decay at t-1, Decay at t, End).
+
+    A_t = prod a, R_ti = A_t/A_i, H_t = prod m, RH_ti = H_t/H_i, C = R RH, B = R H.  A Decay not asked for is None.
+    """
+    total = log_keep.cumsum(-1)
+    if log_mom is not None:
+        momentum = log_mom.cumsum(-1)
+        H, RH = momentum.exp()[..., None], Ratios.apply(momentum, momentum, 0)
+
+    def at(log, diagonal):
+        R = Ratios.apply(log, total, diagonal)
+        return Decay(log.exp(), None, None, R) if log_mom is None else Decay(log.exp(), (R @ H)[..., 0], R @ RH, R)
+
+    R = (total[..., -1:] - total).exp()
+    end = End(total[..., -1].exp(), None, None, R, None, None) if log_mom is None else \
+        End(total[..., -1].exp(), (R * H[..., 0]).sum(-1), (R[..., None, :] @ RH)[..., 0, :], R, H[..., -1, 0], RH[..., -1, :])
+    return at(total - log_keep, -1) if before else None, at(total, 0) if now else None, end
+
+
+def into(grad, like):
+    """grad summed over the axes along which `like` was broadcast."""
+    return grad if grad is None or like is None or grad.shape == like.shape else grad.sum_to_size(like.shape)
+
+
+def look(W, S, x, w, u, z, at, Wz=None):
+    """W_t z_t of every token t, from the chunk's first W, S and its rows -> (out, what the backward needs)."""
+    score = z @ x.mT
+    Wz = z @ W.mT if Wz is None else Wz
+    rows = w + u if u is not None and at.C is None else w
+    seen_w = score * (at.R if at.C is None else at.C)
+    out = (seen_w @ rows).addcmul_(at.A[..., None], Wz)
+    seen_u = Sz = None
+    if u is not None and at.C is not None:
+        seen_u = score * at.R
+        out += seen_u @ u
+    if S is not None:
+        Sz = z @ S.mT
+        out.addcmul_(at.B[..., None], Sz)
+    return out, (score, Wz, Sz, seen_w, seen_u)
+
+
+def look_back(grad, W, S, x, w, u, z, at, kept, own_Wz=True):
+    """Gradients of look() -> W, S, x, w, u, z, Wz (own_Wz False: it was given), and of the Decay."""
+    score, Wz, Sz, seen_w, seen_u = kept
+    rows = w + u if u is not None and at.C is None else w
+    gA, gWz = (grad * Wz).sum(-1), at.A[..., None] * grad
+    gB = gS = gu = gC = gR = gW = None
+    gM, gw = grad @ rows.mT, seen_w.mT @ grad
+    if at.C is None:
+        gR, gu = gM * score, gw if u is not None else None
+        gM *= at.R
+    else:
+        gC = gM * score
+        gM *= at.C
+    if seen_u is not None:
+        gN, gu = grad @ u.mT, seen_u.mT @ grad
+        gR = gN * score
+        gM.addcmul_(gN, at.R)
+    gz, gx = gM @ x, gM.mT @ z
+    if own_Wz:
+        gz, gW = gz + gWz @ W, gWz.mT @ z
+    if S is not None:
+        gB, gSz = (grad * Sz).sum(-1), at.B[..., None] * grad
+        gz, gS = gz + gSz @ S, gSz.mT @ z
+    return gW, gS, gx, gw, gu, gz, None if own_Wz else gWz, (gA, gB, gC, gR)
+
+
+def add(*terms):
+    """Sum of the terms that are not None; shapes broadcast."""
+    terms = [t for t in terms if t is not None]
+    total = terms[0] if terms else None
+    for t in terms[1:]:
+        total = total + t
+    return total
+
+
+class Chunk(torch.autograd.Function):
+    """advance() with its backward by hand; inputs may be None and may broadcast over leading axes."""
+
+    @staticmethod
+    def forward(ctx, late, W, S, x, w, rho, Wx, q, *rates):
+        ctx.set_materialize_grads(False)
+        before, now, end = Decay(*rates[:4]), Decay(*rates[4:8]), End(*rates[8:])
+        u = T = r = first = out = second = None
+        if rho is not None:
+            right, first = look(W, S, x, w, None, x, before, Wx)
+            lower = before.R * first[0] * rho[..., None, :]
+            eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
+            T = torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True)
+            r = T @ right
+            u = r * -rho[..., None]
+        if q is not None:
+            out, second = look(W, S, x, w, u, q, now if late else before)
+        rows = (end.R if end.C is None else end.C)[..., None] * w
+        if u is not None:
+            rows = rows.addcmul_(end.R[..., None], u) if rows.shape == u.shape else rows + end.R[..., None] * u
+        W_new, S_new = rows.mT @ x, None
+        W_new = W_new.addcmul_(end.A[..., None, None], W) if W_new.shape == W.shape else W_new + end.A[..., None, None] * W
+        if end.H is not None:
+            S_new = (end.RH[..., None] * w).mT @ x
+            if S is not None:
+                W_new.addcmul_(end.B[..., None, None], S)
+                S_new.addcmul_(end.H[..., None, None], S)
+        ctx.late, ctx.sizes = late, [None if k is None else len(k) for k in (first, second)]
+        ctx.save_for_backward(W, S, x, w, rho, Wx, q, u, T, r, rows, *rates, *(first or ()), *(second or ()))
+        return W_new, S_new, out
+
+    @staticmethod
+    def backward(ctx, gW_new, gS_new, gout):
+        W, S, x, w, rho, Wx, q, u, T, r, rows, *rest = ctx.saved_tensors
+        before, now, end, kept = Decay(*rest[:4]), Decay(*rest[4:8]), End(*rest[8:14]), rest[14:]
+        first, second = kept[:5 if ctx.sizes[0] else 0], kept[5 if ctx.sizes[0] else 0:]
+        gW = gS = gx = gw = gu = gq = grho = gWx = None
+        g_before, g_now, g_end = [None] * 4, [None] * 4, [None] * 6
+        if gW_new is not None:
+            dot = lambda a, b: (a * b).sum((-1, -2))    # noqa: E731
+            gW, g_end[0] = end.A[..., None, None] * gW_new, dot(gW_new, W)
+            gx, grows = rows @ gW_new, x @ gW_new.mT
+            gw = (end.R if end.C is None else end.C)[..., None] * grows
+            along_w = (grows * w).sum(-1)
+            if u is not None:
+                gu, g_end[3] = end.R[..., None] * grows, (grows * u).sum(-1)
+            if end.C is None:
+                g_end[3] = add(g_end[3], along_w)
+            else:
+                g_end[2] = along_w
+            if S is not None:
+                gS, g_end[1] = end.B[..., None, None] * gW_new, dot(gW_new, S)
+        if gS_new is not None:
+            grows = x @ gS_new.mT
+            gx = add(gx, (end.RH[..., None] * w) @ gS_new)
+            gw, g_end[5] = add(gw, end.RH[..., None] * grows), (grows * w).sum(-1)
+            if S is not None:
+                gS, g_end[4] = add(gS, end.H[..., None, None] * gS_new), (gS_new * S).sum((-1, -2))
+        if gout is not None:
+            part = look_back(gout, W, S, x, w, u, q, now if ctx.late else before, second)
+            gW, gS, gx, gw, gu, gq = (add(a, b) for a, b in zip((gW, gS, gx, gw, gu, None), part))
+            g_now, g_before = (part[7], g_before) if ctx.late else (g_now, part[7])
+        if rho is not None and gu is not None:          # r = (I + L)^-1 right, L = R * x x^T * rho_i, u = -rho r
+            gright = T.mT @ (gu * -rho[..., None])
+            glow, gram = gright @ r.mT, first[0]        # minus the gradient of L
+            part = look_back(gright, W, S, x, w, None, x, before, first, Wx is None)
+            g_before = [add(a, b) for a, b in zip(g_before, part[7])]
+            g_before[3] = add(g_before[3], glow * gram * -rho[..., None, :])
+            glow *= before.R
+            grho = -(gu * r).sum(-1) - (glow * gram).sum(-2)
+            glow *= rho[..., None, :]
+            gx = add(gx, part[2], part[5]) - (glow + glow.mT) @ x
+            gW, gS, gw, gWx = add(gW, part[0]), add(gS, part[1]), add(gw, part[3]), part[6]
+        grads = [gW, gS, gx, gw, grho, gWx, gq, *g_before, *g_now, *g_end]
+        likes = [W, S, x, w, rho, Wx, q, *before, *now, *end]
+        return None, *(into(g, like) for g, like in zip(grads, likes))
+
+
+def advance(W, S, x, w, rho, rates, Wx=None, q=None, late=True):
+    """A chunk of writes w x^T and corrections -rho (W x) x^T -> (W [..,O,I], S, out).
 
     W, S: [..., O, I] at the chunk's start (S None: zero, or no momentum); x [..., C, I]; w [..., C, O];
-    rho [..., C] or None; Wx: x W^T where it is known already.  u are the correction rows that read() needs: u_t = -rho_t W_{t-1} x_t solves
+    rho [..., C] or None; Wx: x W^T where it is known already; rates: decays(...).  out: W_t q_t of every token's own
+    q [..., C, I], after its write (late) or before it; None without q.  The corrections u_t = -rho_t W_{t-1} x_t solve
     (I + R_{t-1,i} rho_i x_i.x_t) r = A_{t-1} W x + B_{t-1} S x + (C_{t-1} * x x^T) w.
     """
-    rows, u = now.C[..., -1, :, None] * w, None
-    if rho is not None:
-        gram = x @ x.mT
-        right = before.A[..., None] * (x @ W.mT if Wx is None else Wx) + (before.C * gram) @ w
-        if S is not None:
-            right = right + before.B[..., None] * (x @ S.mT)
-        lower = before.R * gram * rho[..., None, :]
-        narrow = right.shape[-1] < right.shape[-2] // 2
-        r = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True) if narrow \
-            else UnitInverse.apply(lower) @ right
-        u = -rho[..., None] * r
-        rows = rows + now.R[..., -1, :, None] * u
-    W_new = now.A[..., -1, None, None] * W + rows.mT @ x
-    if tail is None:
-        return W_new, None, u
-    H, RH = tail
-    S_new = (RH[..., None] * w).mT @ x
-    if S is not None:
-        W_new, S_new = W_new + now.B[..., -1, None, None] * S, S_new + H[..., None, None] * S
-    return W_new, S_new, u
-
-
-def read(W, S, x, w, u, q, at):
-    """W_t q_t for every token of a chunk, exactly: at = the Decay of t (after the write) or of t-1 (before)."""
-    score = q @ x.mT
-    if u is None or at.C is at.R:
-        out = at.A[..., None] * (q @ W.mT) + (at.C * score) @ (w if u is None else w + u)
-    else:
-        out = at.A[..., None] * (q @ W.mT) + (at.C * score) @ w + (at.R * score) @ u
-    return out if S is None else out + at.B[..., None] * (q @ S.mT)
+    before, now, end = rates
+    return Chunk.apply(late, W, S, x, w, rho, Wx, q, *(before or [None] * 4), *(now or [None] * 4), *end)
 
 
 def chunk_rule(kind, W, S, g, keep, log_mom):
