@@ -224,7 +224,7 @@ def _geometry(y_RTC, g, narrow):
 
 def _weights(dist_RGT, span, m, weight_R, g, u, taus, floor, out=None):
     """Weights K_RnGT of the targets; every row of K sums to 0.  Overwrites dist_RGT."""
-    m, t = m.clamp_min(MIN_SCALE), dist_RGT.shape[2]
+    m = m.clamp_min(MIN_SCALE)
     dist_RGT[:, :, :g].diagonal(dim1=1, dim2=2).add_(SELF_MASK * m)
     rate_n11 = (-1 / (m * torch.tensor(taus, dtype=m.dtype, device=m.device)))[:, None, None]
     # Two softmaxes need two exponentials; where exp(-span / tau / 2) .. exp(span / tau / 2) are ordinary

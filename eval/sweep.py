@@ -10,7 +10,6 @@ import json
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 from common import draw
 from common.ckpt import write_atomic

@@ -1,9 +1,7 @@
 """eval/: numbers equal the plain formulas, pages are whole and harmless, mistakes are one line."""
 
 import html.parser
-import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -19,7 +17,6 @@ from PIL import Image
 from common import draw
 from common.metrics import InceptionV3, Moments, inception_score
 from eval import _shared, bench, fid, neighbours, report, status, sweep, table
-from eval._images import Images
 
 ROOT = Path(__file__).resolve().parent.parent
 BAD = b"\x89PNG\r\n\x1a\n and then nothing"
