@@ -63,9 +63,9 @@ def opened(net, seed=0):
     return net
 
 
-def small_convnext(side=64, **sizes):
+def small_convnext(side=64):
     torch.manual_seed(5)
-    return opened(ConvNeXt(**dict(dict(depths=(1, 1, 2, 1), widths=(8, 16, 24, 32)), **sizes), side=side)).eval()
+    return opened(ConvNeXt((1, 1, 2, 1), (8, 16, 24, 32), side)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +133,9 @@ COMMON8 = dict(
     mae_blocks=(3, 4, 6, 3), mae_fold=8, mae_groups=32, mask_ratio=0.5, mask_cell=2, mae_steps=200_000,
     mae_batch=8192, mae_lr=4e-3, mae_warmup=4000, mae_ema=0.9995, cls_steps=3000, cls_warmup=1000,
     cls_weight=0.1, wd=0.01, warmup=10_000, schedule="constant", clip=2.0, steps=100_000,
-    ema=(0.999, 0.9995, 0.9998, 0.9999), labels=128, pos=128, gen=64, unc=32, taus=(0.02, 0.05, 0.2), alpha_max=4.0,
-    alpha_power=5.0, alpha_one=0.0, push=128, bank=128, bank_unc=1000, attn_fp32=True, remat=True, seed=42,
+    ema=(0.999, 0.9995, 0.9998, 0.9999), labels=128, pos=128, gen=64, unc=32, taus=(0.02, 0.05, 0.2),
+    alpha_max=4.0, alpha_power=5.0, alpha_one=0.0, push=128, bank=128, bank_unc=1000, attn_fp32=True,
+    remat=True, seed=42,
     features="abcdn", augment="rrc", fit="crop", save_every=2000, keep_every=50_000, grid_every=5000,
     alphas=(1.0, 1.1, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 3.5))
 # The paper's table with the release's values where it is silent; table 9's first row is the ablation.
@@ -178,7 +179,7 @@ def test_plan_for_many_ranks_knows_fsdp2(capsys, monkeypatch):
 
 
 def test_feature_inventory_is_the_official_one():
-    """86 keys of the MAE on 32 x 32 folded pixels, with 192 channels in norm_x, and 13 of ConvNeXt-V2 Base."""
+    """86 keys of the MAE on 32 x 32 folded pixels, 192 channels in norm_x, and 13 of ConvNeXt-V2 Base."""
     with torch.device("meta"):
         encoder = dp.Encoder(dp.MAE(channels=3, width=640, patch=8), ConvNeXt())
     table = {key: (f, c) for key, f, c in dp.inventory(encoder, 256, 3, "abcdn")}
@@ -237,7 +238,8 @@ def test_global_response_norm_equals_its_formula():
         for b in range(2):
             norm = [float((x[b, :, :, c] ** 2).sum() ** 0.5) for c in range(3)]
             for c in range(3):
-                want = x[b, ..., c] * (1 + grn.weight[0, 0, 0, c] * norm[c] / (sum(norm) / 3)) + grn.bias[0, 0, 0, c]
+                gain = 1 + grn.weight[0, 0, 0, c] * norm[c] / (sum(norm) / 3)
+                want = x[b, ..., c] * gain + grn.bias[0, 0, 0, c]
                 assert torch.allclose(got[b, ..., c], want, atol=1e-4)
     zero = torch.zeros(1, 2, 2, 3, requires_grad=True)
     grn(zero).sum().backward()
@@ -253,7 +255,8 @@ def test_convnext_maps_are_standardised_at_every_location():
         assert f.mean(-1).abs().max() < 1e-5
         assert (f.std(-1, unbiased=False) <= 1).all() and f.std(-1, unbiased=False).min() > 0.9
         assert torch.allclose(feats[f"convnext{i}_mean"][:, 0], f.mean(1), atol=1e-6)
-        assert torch.allclose(feats[f"convnext{i}_std"][:, 0], (f.var(1, unbiased=False) + 1e-6).sqrt(), atol=1e-6)
+        std = (f.var(1, unbiased=False) + 1e-6).sqrt()
+        assert torch.allclose(feats[f"convnext{i}_std"][:, 0], std, atol=1e-6)
     assert torch.equal(feats["convnext_std"], feats["convnext3_std"])
 
 
@@ -269,7 +272,7 @@ def test_convnext_file_loads_whole_and_alone(convnext_file, tmp_path):
     tensors = run.load_weights(convnext_file)[0]
     for change, why in ((lambda t: t.pop("convnextv2.layernorm.bias"), "layernorm.bias"),
                         (lambda t: t.update({"convnextv2.extra": torch.zeros(1)}), "extra"),
-                        (lambda t: t.pop("convnextv2.encoder.stages.0.layers.0.grn.weight"), "no ConvNeXt-V2"),
+                        (lambda t: t.pop("convnextv2.encoder.stages.0.layers.0.grn.weight"), "no ConvNeXt"),
                         (lambda t: t.clear() or t.update(a=torch.zeros(1)), "no ConvNeXt-V2")):
         bad = dict(tensors)
         change(bad)
@@ -307,7 +310,8 @@ def test_encoder_micro_batches_equal_the_full_batch(micro):
     for k in (0, micro):
         torch.manual_seed(2)
         net = dp.MAE(**dp.mae_sizes(cfg))
-        values = dp.mae_backward(net, x, torch.arange(8) % 4, mask, 0.1, dataclasses.replace(cfg, mae_micro=k), ONE)
+        part = dataclasses.replace(cfg, mae_micro=k)
+        values = dp.mae_backward(net, x, torch.arange(8) % 4, mask, 0.1, part, ONE)
         results.append((values, [p.grad for p in net.parameters()]))
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-5)
     scale = max(p.abs().max() for p in results[0][1])
@@ -321,7 +325,7 @@ def test_encoder_micro_batches_equal_the_full_batch(micro):
 def photos(tmp_path_factory):
     x = np.random.default_rng(1).integers(0, 256, (24, 48, 40, 3), dtype=np.uint8)
     path = tmp_path_factory.mktemp("photos") / "p.npz"
-    np.savez(path, train_images=x, train_labels=np.arange(24) % 4, test_images=x, test_labels=np.arange(24) % 4)
+    np.savez(path, train_images=x, train_labels=np.arange(24) % 4)
     return str(path)
 
 
@@ -349,7 +353,7 @@ def test_queues_hold_bytes_and_come_back_from_ids_alone(photos):
         bank.push(epoch, rows, source.latents(source.ids(epoch, rows)) if epoch else None)
     state = {k: {n: v.clone() if torch.is_tensor(v) else v for n, v in ring.items()}
              for k, ring in bank.state_dict().items()}
-    assert not any(torch.is_tensor(v) and v.dtype == torch.uint8 for ring in state.values() for v in ring.values())
+    assert all(getattr(v, "dtype", None) != torch.uint8 for ring in state.values() for v in ring.values())
     again = Bank(Pixels(cfg), 4, (3, 32, 32), 5, 9)
     again.load_state_dict(state)
     for name in ("by_class", "any"):
@@ -391,8 +395,8 @@ def fixed_batch(cfg, seed=0):
 def step_models(cfg):
     torch.manual_seed(3)
     net = opened(dp.Generator(**dp.sizes(cfg)))
-    mae = dp.MAE(**dp.mae_sizes(cfg))
-    return net, dp.Encoder(mae, small_convnext(32) if "n" in cfg.features else None).eval().requires_grad_(False)
+    encoder = dp.Encoder(dp.MAE(**dp.mae_sizes(cfg)), small_convnext(32) if "n" in cfg.features else None)
+    return net, encoder.eval().requires_grad_(False)
 
 
 def gradients(cfg, b, ddp=ONE, group=None, how="ddp"):
@@ -451,7 +455,7 @@ def _two_ranks(rank, store, cfg, whole, out, how):
     mae = dp.MAE(**dp.mae_sizes(cfg))
     net = parallel.wrap(mae, (dp.BasicBlock, dp.UpBlock), ddp, how)
     values = dp.mae_backward(net, *(v[rank * 4:rank * 4 + 4] for v in mae_batch()), 0.1, cfg, ddp)
-    mae_grads = {n: parallel.full(p.grad) for n, p in mae.named_parameters()}
+    mae_grads = {n: parallel.full(p.grad).clone() for n, p in mae.named_parameters()}
     norm = parallel.full(torch.nn.utils.clip_grad_norm_(mae.parameters(), 2.0))
     values, loss = run.all_mean(values, ddp), run.all_mean(loss, ddp)
     if rank == 0:
@@ -493,9 +497,9 @@ def test_two_ranks_equal_one_on_the_same_batch(tmp_path, how, micro):
 
 
 def script(*words, cwd=ROOT, check=None, ranks=0):
-    launch = [sys.executable] + ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] * (ranks > 0)
-    done = subprocess.run([*launch, "drift_pixel.py", *map(str, words)], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks else []
+    done = subprocess.run([sys.executable, *torchrun, "drift_pixel.py", *map(str, words)], cwd=cwd, text=True,
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
     if check is not None:
         assert done.returncode == check, done.stderr[-2000:]
     return done
@@ -544,7 +548,8 @@ def test_smoke_preset_runs_in_process_and_its_loss_stays_finite(tmp_path):
     dp.train(cfg)
     rows = [json.loads(line) for line in (tmp_path / "s" / "log.jsonl").read_text().splitlines()]
     train = [r for r in rows if r["kind"] == "train"]
-    assert train[-1]["step"] == 20 and train[-1]["lam_mean"] < train[0]["lam_mean"]  # samples near the data
+    # the collapsed start: GroupNorms of constant images multiply gradients, until the images differ
+    assert train[-1]["step"] == 20 and train[-1]["grad_norm"] < train[0]["grad_norm"] / 10
     mae = [json.loads(line) for line in (tmp_path / "s" / "mae" / "log.jsonl").read_text().splitlines()]
     recon = [r["recon"] for r in mae if r["kind"] == "mae"]
     assert recon[-1] < recon[0]
@@ -646,7 +651,7 @@ def test_a_run_cut_over_ranks_continues_on_as_many_only(images, tmp_path):
 
 
 def test_prepared_ilsvrc_archives_train(archives, tmp_path):  # noqa: F811
-    """The archives as published, nested, to shards by the script's own command, then encoder and generator."""
+    """The archives as published, nested, to shards by the script's own command, then both networks."""
     files = [archives / f for f in ("ILSVRC2012_img_train.tar.1", "ILSVRC2012_img_val.tar",
                                     "ILSVRC2012_devkit_t12.tar.gz")]
     shards = tmp_path / "shards"
@@ -674,8 +679,8 @@ def test_convnext_features_join_a_run(straight, convnext_file, images, tmp_path)
 
 
 def test_ablations_leave_out_what_the_preset_is_without(straight, monkeypatch, tmp_path):
-    cfg = dataclasses.replace(straight, out=str(tmp_path / "a"), steps=1, mae=straight.out + "/mae/mae.safetensors",
-                              features="abcd", augment="flip")
+    cfg = dataclasses.replace(straight, out=str(tmp_path / "a"), steps=1, features="abcd", augment="flip",
+                              mae=straight.out + "/mae/mae.safetensors")
     monkeypatch.setattr(dp, "ABLATIONS", {k: dp.ABLATIONS[k] for k in ("all", "features_ab", "no_convnext",
                                                                        "no_pixels", "no_crop", "no_rope")})
     dp.ablate(cfg)
@@ -721,9 +726,10 @@ def test_official_artifacts_of_pixels_describe_these_networks():
 
 def test_official_command_converts_and_its_weights_sample(tmp_path):
     from test_drift_latent import write_artifact
-    config_ = dict(hidden_size=32, cond_dim=32, depth=1, num_heads=2, input_size=16, patch_size=4, in_channels=3,
-                   out_channels=3, num_classes=5, n_cls_tokens=2, noise_coords=2, noise_classes=4, mlp_ratio=4.0,
-                   use_qknorm=True, use_swiglu=True, use_rope=True, use_rmsnorm=True)
+    config_ = dict(hidden_size=32, cond_dim=32, depth=1, num_heads=2, input_size=16, patch_size=4,
+                   in_channels=3, out_channels=3, num_classes=5, n_cls_tokens=2, noise_coords=2,
+                   noise_classes=4, mlp_ratio=4.0, use_qknorm=True, use_swiglu=True, use_rope=True,
+                   use_rmsnorm=True)
     torch.manual_seed(0)
     net = opened(dp.Generator(**jax_release.generator_sizes(config_))).eval()
     write_artifact(tmp_path / "gen", net, config_, jax_release.generator_path)
@@ -772,7 +778,8 @@ def test_weights_of_another_kind_size_or_space_are_refused(straight, tmp_path):
     with pytest.raises(UserError, match="does not hold a feature encoder"):
         dp.train(dataclasses.replace(other, mae=straight.out + "/ema.safetensors"))
     tensors, meta = run.load_weights(pathlib.Path(straight.out, "ema.safetensors"))
-    run.save_weights(tmp_path / "latent.safetensors", tensors, {k: v for k, v in meta.items() if k != "space"})
+    meta.pop("space")
+    run.save_weights(tmp_path / "latent.safetensors", tensors, meta)
     for name in (straight.out + "/mae/mae.safetensors", str(tmp_path / "latent.safetensors")):
         with pytest.raises(UserError, match="does not hold a generator of pixels"):
             dp.load_generator(dataclasses.replace(straight, weights=name), torch.device("cpu"))
