@@ -1,5 +1,5 @@
 """drift_loss against its peers: the official function under XLA, and the plain PyTorch version under
-autograd.
+autograd; and a whole optimizer step of drift_pixel.py against the official one.
 
     python -m eval.bench_drift --json bench_drift.json          # CPU: one process per peer, all on one core
     python -m eval.bench_drift --device cuda                    # GPU: the peer is torch.compile of plain
@@ -20,10 +20,13 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+
+from eval import _drift_step
 
 SIZES = [(16, 64, 64, 16, 640), (64, 64, 64, 16, 320), (4, 64, 64, 16, 5120)]  # R, g, p, u, C
 PEERS = ("ours", "plain", "official")
@@ -102,6 +105,9 @@ def worker(name, clock):
             for _ in range(WARM):
                 step()
             print("ready", file=reply)
+        elif word == "step":
+            step = (_drift_step.official if name == "official" else _drift_step.ours)(rest[0])
+            print(np.mean([step() for _ in range(WARM)]), file=reply)
         elif word == "time":
             start = clock()
             step()
@@ -163,6 +169,34 @@ def bench_cpu(rounds, core, clock):
     return rows, missing
 
 
+GOAL = 1.5
+
+
+def bench_step(rounds, core, clock):
+    """One optimizer step, ours against the release's, at _drift_step.SIZE -> a case of eval.bench."""
+    gone = [official_missing()] if official_missing() else _drift_step.missing()
+    if gone:
+        return dict(skipped=", ".join(gone))
+    with tempfile.TemporaryDirectory() as folder:
+        peers = {name: Peer(name, core, clock) for name in ("official", "ours")}
+        losses = {name: float(peer.ask(f"step {folder}")) for name, peer in peers.items()}
+    times = {name: [] for name in peers}
+    for i in range(rounds):
+        for name in list(peers)[::1 if i % 2 else -1]:
+            times[name].append(float(peers[name].ask("time")))
+    for peer in peers.values():
+        peer.process.stdin.close()
+        peer.process.wait()
+    ratios = sorted(theirs / ours for theirs, ours in zip(times["official"], times["ours"]))
+    middle = statistics.median(ratios)
+    # other noise on both sides: the sum of 86 losses of almost constant size moves by about a hundredth
+    return dict(what="optimizer step in pixels, official JAX / ours", ratio="time", value=middle, goal=GOAL,
+                met=middle >= GOAL, agree=abs(losses["ours"] / losses["official"] - 1) < 0.05,
+                ours_s=statistics.median(times["ours"]), theirs_s=statistics.median(times["official"]),
+                quartiles=[ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]], losses=losses,
+                rounds=rounds, size=_drift_step.SIZE)
+
+
 # --- GPU: in process ----------------------------------------------------------------
 
 
@@ -219,12 +253,18 @@ def main():
     parser.add_argument("--clock", choices=CLOCKS, default="wall",
                         help="wall, or cpu: processor time of the process, for a machine that others use too")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only", choices=("loss", "step"), help="one of the two (default both, step on CPUs)")
     parser.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return worker(args.worker, CLOCKS[args.clock])
     cuda = args.device == "cuda"
-    rows, missing = bench_cuda(args.rounds) if cuda else bench_cpu(args.rounds, args.core, args.clock)
+    rows, missing, cases = [], None, {}
+    if args.only != "step":
+        rows, missing = bench_cuda(args.rounds) if cuda else bench_cpu(args.rounds, args.core, args.clock)
+    if args.only != "loss" and not cuda:
+        cases["step"] = bench_step(args.rounds, args.core, args.clock)
+        print("optimizer step: " + "  ".join(f"{k} {v}" for k, v in cases["step"].items()))
     for row in rows:
         print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
                         if not k.endswith("quartiles")))
@@ -233,7 +273,7 @@ def main():
     if args.json:
         machine = platform.processor() or platform.machine()
         record = dict(bench="drift_loss", device=args.device, machine=machine, clock=args.clock,
-                      rounds=args.rounds, official_missing=missing, rows=rows)
+                      rounds=args.rounds, official_missing=missing, rows=rows, cases=cases)
         Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
 
 

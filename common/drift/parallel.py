@@ -17,7 +17,7 @@ def wrap(net, kinds, ddp, how, emas=()):
     if ddp.world == 1:
         return net
     if how == "ddp":
-        return nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(net)
     for whole in (net, *emas):
         cut(whole, [m for m in whole.modules() if isinstance(m, kinds)], ddp)
     return net

@@ -51,7 +51,8 @@ def modes(weights_gb, other_gb, graph_gb, world, gpu_gb):
     with remat).
     """
     share = dict(ddp=1, fsdp2=world)
-    table = {how + "+remat" * remat: weights_gb / share[how] + other_gb + graph_gb[remat] for how, remat in WAYS}
+    table = {how + "+remat" * remat: weights_gb / share[how] + other_gb + graph_gb[remat]
+             for how, remat in WAYS}
     table = table if world > 1 else {k: v for k, v in table.items() if not k.startswith("fsdp2")}
     return table, next((name for name, gb in table.items() if gb <= gpu_gb), None)
 

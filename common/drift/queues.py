@@ -98,7 +98,7 @@ class Pixels:
         """int64 ids [B] -> uint8 [B, C, H, W]; many are decoded by several processes."""
         few = self.images.whole is not None or len(ids) < 1000
         loader = torch.utils.data.DataLoader(
-            self, batch_size=64, sampler=ids.tolist(), generator=torch.Generator(),     # the global one is not ours
+            self, batch_size=64, sampler=ids.tolist(), generator=torch.Generator(),  # not the global one
             num_workers=0 if few else min(16, os.cpu_count() or 1))
         return torch.cat(list(loader))
 

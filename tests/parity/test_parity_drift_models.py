@@ -1,5 +1,5 @@
-"""Generator and MAE against the official JAX code with the same random weights, written as its own artifact
-files.
+"""Generator, MAE and ConvNeXt-V2 against the official JAX code with the same random weights, written as its own
+artifact files, and ConvNeXt-V2 against transformers.
 
 The official repository has no licence, so nothing of it is here: the test loads it from the folder in
 ONEFILE_OFFICIAL_DRIFTING, a checkout of github.com/lambertae/drifting at accd0cf, and is skipped without it.
@@ -27,7 +27,9 @@ if not OFFICIAL:
 sys.path.insert(0, OFFICIAL)
 
 import drift_latent  # noqa: E402
+import drift_pixel  # noqa: E402
 from common.drift import flax_msgpack  # noqa: E402
+from common.drift.convnext import ConvNeXt  # noqa: E402
 
 official_generator = pytest.importorskip("models.generator")
 official_mae = pytest.importorskip("models.mae_model")
@@ -42,11 +44,21 @@ SIZES = {
                noise_coords=32, noise_classes=64),
     "l2": dict(hidden_size=1024, depth=24, num_heads=16, input_size=32, num_classes=1000, n_cls_tokens=16,
                noise_coords=32, noise_classes=64),
+    "b16": dict(hidden_size=768, depth=12, num_heads=12, input_size=256, num_classes=1000, n_cls_tokens=16,
+                noise_coords=32, noise_classes=64, patch_size=16, in_channels=3, out_channels=3),
+    "l16": dict(hidden_size=1024, depth=24, num_heads=16, input_size=256, num_classes=1000, n_cls_tokens=16,
+                noise_coords=32, noise_classes=64, patch_size=16, in_channels=3, out_channels=3),
 }
 MAE_SIZES = {"tiny": dict(base_channels=32, layers=[2, 2, 2, 2], in_channels=4, num_classes=5, size=16),
              "full": dict(base_channels=32, layers=[3, 4, 6, 3], in_channels=4, num_classes=10, size=32),
              "patched": dict(base_channels=32, layers=[3, 4, 6, 3], in_channels=3, num_classes=10, size=64,
-                             input_patch_size=2)}
+                             input_patch_size=2),
+             "pixel": dict(base_channels=32, layers=[3, 4, 6, 3], in_channels=3, num_classes=10, size=256,
+                           input_patch_size=8)}
+
+
+def script_of(size):
+    return drift_pixel if size in ("b16", "l16", "pixel") else drift_latent
 
 
 def random_weights(shapes, seed):
@@ -68,9 +80,9 @@ def random_weights(shapes, seed):
 
 
 def official_generator_and_weights(size, seed=0):
-    config = dict(SIZES[size], cond_dim=SIZES[size]["hidden_size"], patch_size=2, in_channels=4,
-                  out_channels=4, mlp_ratio=4.0, use_qknorm=True, use_swiglu=True, use_rope=True,
-                  use_rmsnorm=True, use_bf16=False, attn_fp32=True, use_remat=False)
+    config = dict(dict(patch_size=2, in_channels=4, out_channels=4), **SIZES[size],
+                  cond_dim=SIZES[size]["hidden_size"], mlp_ratio=4.0, use_qknorm=True, use_swiglu=True,
+                  use_rope=True, use_rmsnorm=True, use_bf16=False, attn_fp32=True, use_remat=False)
     net = official_generator.DitGen(**config)
 
     def whole(module, eps, label, alpha, style):
@@ -85,7 +97,8 @@ def official_generator_and_weights(size, seed=0):
 
 def generator_inputs(config, n=2):
     rng = np.random.RandomState(7)
-    eps = rng.standard_normal((n, config["input_size"], config["input_size"], 4)).astype(np.float32)
+    side, channels = config["input_size"], config["in_channels"]
+    eps = rng.standard_normal((n, side, side, channels)).astype(np.float32)
     label = rng.randint(0, config["num_classes"], n)
     alpha = np.linspace(1.0, 3.5, n).astype(np.float32)
     return eps, label, alpha, rng.randint(0, config["noise_classes"], (n, config["noise_coords"]))
@@ -126,7 +139,7 @@ def relative(a, b):
 @pytest.mark.parametrize("size", SIZES)
 def test_generator_equals_official_forward(size, tmp_path):
     config, params, args, want = official_generator_and_weights(size)
-    net = drift_latent.load_official(write_artifact(tmp_path, "gen", config, params))
+    net = script_of(size).load_official(write_artifact(tmp_path, "gen", config, params))
     error = relative(torch_generate(net, args), want)
     print(f"generator {size}: relative error {error:.1e}, output rms {np.sqrt((want ** 2).mean()):.2f}")
     assert error <= TOLERANCE
@@ -135,7 +148,7 @@ def test_generator_equals_official_forward(size, tmp_path):
 @pytest.mark.parametrize("size", MAE_SIZES)
 def test_mae_features_equal_official_for_all_keys(size, tmp_path):
     net, config, params, x, label, want = official_mae_and_weights(size)
-    mae = drift_latent.load_official(write_artifact(tmp_path, "mae", config, params))
+    mae = script_of(size).load_official(write_artifact(tmp_path, "mae", config, params))
     x_t = torch.from_numpy(x).permute(0, 3, 1, 2)
     with torch.no_grad():
         got = mae.features(x_t)
@@ -159,6 +172,66 @@ def test_mae_loss_equals_official(tmp_path):
         with torch.no_grad():
             got = drift_latent.mae_loss(mae, x_t, torch.from_numpy(label), torch.ones(3, 16, 16), lam)
         assert relative(got[0].numpy(), np.asarray(want).mean()) <= TOLERANCE
+
+
+def convnext_pair(depths, widths, seed=0):
+    """(transformers' ConvNextV2 with random weights, ours read from the file that it writes)."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.ConvNextV2Config(hidden_sizes=widths, depths=depths, num_labels=7)
+    theirs = transformers.ConvNextV2ForImageClassification(config).eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():   # GRN starts at zero, norms at one: let everything act
+            if p.ndim == 1 or "grn" in name:
+                p.add_(0.2 * torch.randn(p.shape))
+    return theirs
+
+
+CONVNEXT = {"tiny": ([2, 1, 3, 1], [16, 24, 32, 48]), "base": ([3, 3, 27, 3], [128, 256, 512, 1024])}
+
+
+@pytest.mark.parametrize("size", CONVNEXT)
+def test_convnext_equals_transformers(size, tmp_path):
+    """Stage outputs and pooled vector at 224 x 224, where nothing is resized."""
+    theirs = convnext_pair(*CONVNEXT[size])
+    theirs.save_pretrained(tmp_path)
+    ours = ConvNeXt.load(tmp_path)
+    x = torch.rand(2, 3, 224, 224) * 2 - 1
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        out = theirs.convnextv2(((x + 1) / 2 - mean) / std, output_hidden_states=True)
+        maps, feats = ours.maps(x), ours.features(x)
+    worst = max(relative(mine.permute(0, 3, 1, 2).numpy(), hidden.numpy())
+                for mine, hidden in zip(maps, out.hidden_states[-4:], strict=True))
+    pooled = relative(feats["convnext_pool"][:, 0].numpy(), out.pooler_output.numpy())
+    print(f"convnext {size}: stages {worst:.1e}, pooled {pooled:.1e}")
+    assert max(worst, pooled) <= TOLERANCE
+
+
+@pytest.mark.parametrize("size, side", [("tiny", 256), ("tiny", 64), ("base", 256)])
+def test_convnext_features_equal_official_for_all_13_keys(size, side, tmp_path):
+    """Shrunk from 256 as in the pixel runs, and enlarged; weights through the official conversion."""
+    official = pytest.importorskip("models.convnext")
+    sharding = pytest.importorskip("utils.hsdp_util")
+    depths, widths = CONVNEXT[size]
+    theirs = convnext_pair(depths, widths)
+    theirs.save_pretrained(tmp_path)
+    net = official.ConvNextV2(depths=depths, dims=widths, num_classes=7)
+    sharding.set_global_mesh(1)
+    params = jax.jit(net.init)(jax.random.PRNGKey(0), jnp.ones((1, 224, 224, 3)))
+    params = official.convert_weights_to_jax(params, theirs.state_dict(), hf=True)
+    x = np.random.RandomState(3).uniform(-1.2, 1.2, (2, side, side, 3)).astype(np.float32)
+    scaled = ((x + 1) / 2 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    run = lambda p, v: net.apply(p, v, method=net.get_activations)
+    params = {"params": {k: v for k, v in params["params"].items()}}
+    want = jax.jit(run)(params, scaled.astype(np.float32))
+    with torch.no_grad():
+        got = ConvNeXt.load(tmp_path).features(torch.from_numpy(x).permute(0, 3, 1, 2))
+    names = {"global_mean": "convnext_pool", "global_std": "convnext_std"}
+    worst = {key: relative(got[names.get(key, key.replace("convenxt_stage_", "convnext"))].numpy(),
+                           np.asarray(value)) for key, value in want.items()}
+    print(f"convnext {size} from {side}: worst {max(worst, key=worst.get)} {max(worst.values()):.1e}")
+    assert len(got) == len(want) == 13 and max(worst.values()) <= TOLERANCE, worst
 
 
 def test_reader_equals_flax_on_every_dtype_and_chunks(tmp_path, monkeypatch):
