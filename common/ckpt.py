@@ -28,6 +28,10 @@ KEEP = 2
 HEADER_LIMIT = 100 << 20                      # of a safetensors header: the limit of the library itself
 
 
+# what a wrong byte of JSON can become
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+
 class Interrupted(Exception):
     """The run was asked to stop, and has saved: exit status 130."""
 
@@ -35,26 +39,31 @@ class Interrupted(Exception):
 # --- files -------------------------------------------------------------------
 
 
-UNSEALED = "0" * 64                             # stands for the seal in the bytes that the seal is the SHA-256 of
+UNSEALED = "0" * 64                             # stands for the seal in the bytes whose SHA-256 it is
 
 
 def save_weights(path, tensors, meta):
     """Weights for others to load: safetensors with meta (a JSON object) in its metadata, written atomically.
 
-    metadata["seal"] is the SHA-256 of the file with 64 zeros in its place: load_weights notices one wrong bit.
+    metadata["seal"] is the SHA-256 of the file with 64 zeros in its place: one wrong bit is noticed.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    save_file(_unshared(tensors), temporary, {**{k: json.dumps(v) for k, v in meta.items()}, "seal": UNSEALED})
-    _sort_metadata(temporary)
-    _put_seal(temporary)
-    fsync(temporary)
-    os.replace(temporary, path)
+    try:
+        text = {key: json.dumps(value) for key, value in meta.items()}
+        save_file(_unshared(tensors), temporary, {**text, "seal": UNSEALED})
+        _sort_metadata(temporary)
+        _put_seal(temporary)
+        fsync(temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:     # a full disk is an error of safetensors' own
+        temporary.unlink(missing_ok=True)
+        raise UserError(_explain(error, path.parent, path.name)) from None
 
 
 def _sort_metadata(path):
-    """safetensors writes metadata in a random order; sorted, equal weights are equal bytes (the length stays)."""
+    """safetensors writes metadata in random order; sorted, equal weights are equal bytes (of one length)."""
     with open(path, "r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -96,7 +105,7 @@ def _seal_broken(path):
 
 
 def load_weights(path, device="cpu"):
-    """(tensors, meta) of a file written by save_weights; foreign metadata stays text.  UserError when damaged."""
+    """(tensors, meta) of a file of save_weights; foreign metadata stays text.  UserError when damaged."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"no weights at {path}")
@@ -179,8 +188,8 @@ def _read_tree(folder, name, obj):
         with safe_open(folder / f"{name}.safetensors", "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
         tree = _join(json.loads((folder / f"{name}.json").read_text()), tensors)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{folder} holds no state '{name}' of this program: {type(error).__name__}: {error}") from None
+    except (SafetensorError, OSError, *DAMAGE) as error:
+        raise UserError(f"{folder} holds no such state '{name}': {type(error).__name__}: {error}") from None
     if hasattr(obj, "load_state_dict"):
         try:
             obj.load_state_dict(tree)
@@ -217,7 +226,7 @@ def save(out, step, state, ddp, ranked=None):
             _write_tree(work, name, obj)
         for name, obj in (ranked or {}).items():
             _write_tree(work, f"{name}.rank{ddp.rank}", obj)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+    except (OSError, SafetensorError) as error:
         failure = error
     if _any(failure is not None, ddp):
         if ddp.rank == 0:
@@ -247,7 +256,7 @@ def _seal(root, final, work, step, world):
 
 
 def load(out, state, ddp, ranked=None):
-    """Fill state (and ranked) from the newest checkpoint whose hashes match -> its step, or 0 when there is none.
+    """Fill state (and ranked) from the newest checkpoint whose hashes match -> its step, 0 if there is none.
 
     A damaged newest one is set aside as NAME.damaged, with a line on stderr, and the one before is used.
     """
@@ -273,7 +282,8 @@ def load(out, state, ddp, ranked=None):
     folder = root / folder
     meta = json.loads((folder / "meta.json").read_text())
     if ranked and meta["world"] != ddp.world:
-        raise UserError(f"{folder} was written by {meta['world']} ranks and holds state of each; this is {ddp.world}")
+        raise UserError(f"{folder} was written by {meta['world']} ranks and holds state of each; "
+                        f"this is {ddp.world}")
     for name, obj in state.items():
         _read_tree(folder, name, obj)
     for name, obj in (ranked or {}).items():
@@ -287,7 +297,7 @@ def verify(folder):
     try:
         files = json.loads((folder / "meta.json").read_text())["files"].items()
         assert all(isinstance(facts, dict) for _, facts in files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+    except (OSError, AssertionError, *DAMAGE) as error:
         return [f"meta.json: {type(error).__name__}"]
     bad = []
     for name, facts in files:
@@ -303,15 +313,15 @@ def _whole_names(root):
     return sorted(p for p in root.iterdir() if p.is_dir() and p.name.isdigit())
 
 
-def _explain(error, root):
+def _explain(error, root, what="a checkpoint"):
     if error is None:
         return "another rank could not write the checkpoint"
     text = str(error)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
         free_gb = shutil.disk_usage(root).free / 1e9
-        return (f"no space left for a checkpoint in {root} ({free_gb:.2f} GB free); the older ones are whole: "
+        return (f"no space left for {what} in {root} ({free_gb:.2f} GB free); the older ones are whole: "
                 "free some space and run the same command again")
-    return f"cannot write a checkpoint in {root}: {text}"
+    return f"cannot write {what} in {root}: {text}"
 
 
 def _any(flag, ddp):

@@ -21,8 +21,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def rope_table(rows, cols, head_dim, theta=100., stretch=1.):
-    """cos and sin [rows * cols, head_dim] of the patch centres, each axis scaled to [-1, 1] and by
-    stretch."""
+    """cos and sin [rows * cols, head_dim] of patch centres, each axis scaled to [-1, 1] and by stretch."""
     y, x = ((torch.arange(n) + 0.5) / n * 2 - 1 for n in (rows, cols))
     at_P2 = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1) * stretch
     frequency = theta ** -torch.arange(0, 1, 4 / head_dim)                       # K / 4 of them

@@ -15,9 +15,10 @@ import numpy as np
 
 from common.flags import UserError
 
-LARGE = 1 << 30                                 # bytes: what unpacks to more must have some size to start with
+LARGE = 1 << 30                                 # bytes: what unpacks to more has some size to start with
 NPZ_DAMAGE = (OSError, ValueError, KeyError, EOFError, TypeError, SyntaxError, IndexError, OverflowError,
-              NotImplementedError, RuntimeError, RecursionError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
+              NotImplementedError, RuntimeError, RecursionError, tokenize.TokenError, zipfile.BadZipFile,
+              zlib.error)
 
 
 def sha256_file(path):
@@ -39,11 +40,15 @@ def write_atomic(path, data):
     """Replace path by the bytes data, or leave it as it was."""
     path = pathlib.Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:                             # a full disk: half a file would only take room
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path, kind=dict):
@@ -52,7 +57,7 @@ def read_json(path, kind=dict):
         value = json.loads(pathlib.Path(path).read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:               # a pickle, a picture, half a file, a deep hole
+    except (ValueError, RecursionError) as error:              # a pickle, half a file, a deep hole
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, kind):
         raise UserError(f"{path} holds {type(value).__name__}, which is not what belongs there")

@@ -35,9 +35,9 @@ class LatentWriter:
         self.folder, self.rank, self.world = Path(folder), rank, world
         self.shape = (len(labels), 2, *shape)
         self.row = 2 * int(np.prod(shape)) * 2                          # bytes of an image and its mirror
-        names, labels = ("\n".join(keys) + "\n").encode(), np.asarray(labels, "<i2" if len(classes) <= 2 ** 15 else "<i8")
         if len(classes) > 2 ** 15:
             raise UserError(f"{len(classes)} classes do not fit the cache's int16 labels")
+        names, labels = ("\n".join(keys) + "\n").encode(), np.asarray(labels).astype("<i2")
         source = source_hash(names, labels.tobytes())
         self.manifest = dict(meta, shape=list(self.shape), classes=list(classes), chunk=CHUNK, source=source)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,8 @@ class Latents:
         if len(labels) != 2 * shape[0]:
             raise UserError(f"{folder}/labels.i16 is truncated; delete the folder and cache again")
         if source_hash(names, labels) != self.manifest["source"]:
-            raise UserError(f"{folder}: labels.i16 or keys.txt are not those written; delete the folder and cache again")
+            raise UserError(f"{folder}: labels.i16 or keys.txt are not those written; "
+                            "delete the folder and cache again")
         self.labels = np.frombuffer(labels, "<i2").astype(np.int64)
         self.rows = np.memmap(self.folder / "latents.f16.bin", "<f2", "r", shape=shape)
         self.skipped, self.whole = {}, None
@@ -153,8 +154,9 @@ def read_manifest(folder):
         shape, classes, chunks = (manifest[key] for key in ("shape", "classes", "chunk"))
     except (UserError, KeyError) as e:
         raise UserError(f"{folder} is not a latent cache: {e}") from None
-    whole = isinstance(shape, list) and len(shape) == 5 and all(type(n) is int and 0 < n < 2 ** 40 for n in shape)
-    if not whole or chunks != CHUNK or not isinstance(classes, list) or manifest.get("seal", seal(manifest)) != seal(manifest):
+    whole = isinstance(shape, list) and len(shape) == 5 and chunks == CHUNK and isinstance(classes, list)
+    whole = whole and all(type(n) is int and 0 < n < 2 ** 40 for n in shape)
+    if not whole or manifest.get("seal", seal(manifest)) != seal(manifest):
         raise UserError(f"{folder} is not a latent cache: its manifest.json is damaged")
     return manifest
 

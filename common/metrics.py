@@ -193,9 +193,10 @@ class Moments:
         if not found:
             raise ValueError(f"{npz} holds {', '.join(sorted(z))}; "
                              f"expected {' or '.join(' and '.join(p) for p in pairs)}")
-        n = int(z["n"]) if "n" in z and not spatial and z["n"].dtype.kind in "iu" and z["n"].ndim == 0 else None
+        counted = "n" in z and not spatial and z["n"].dtype.kind in "iu" and z["n"].ndim == 0
+        n = int(z["n"]) if counted else None
         if any(x.dtype.kind not in "fiu" for x in found[0]):
-            raise ValueError(f"{npz}: mean {found[0][0].dtype} and covariance {found[0][1].dtype} are no numbers")
+            raise ValueError(f"{npz}: {found[0][0].dtype} and {found[0][1].dtype} are no numbers")
         mu, sigma = (torch.from_numpy(np.asarray(x, np.float64)) for x in found[0])
         if mu.ndim != 1 or sigma.shape != mu.shape * 2:
             raise ValueError(f"{npz}: mean {tuple(mu.shape)}, covariance {tuple(sigma.shape)} do not fit")

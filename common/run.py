@@ -5,7 +5,7 @@ common/ckpt.py; scripts say `from common import run` and find all of it here.
 
     command, cfg = parse(Config, PRESETS, commands)      flags from one flat frozen dataclass
     ddp = init(cfg.device)                                torchrun or a single process
-    log = Log(cfg, ddp)                                   claims the run directory: config, source, header, lock
+    log = Log(cfg, ddp)                                   claims the run directory: config, source, lock
     start = load(cfg.out, state, ddp)                     0 on a fresh run
     for step in progress(start, cfg.steps, ddp):          1-based; Ctrl-C waits for the end of the step
         seed_all(cfg.seed, ddp.rank, step)                noise is a function of (seed, rank, step)
@@ -54,7 +54,9 @@ def main(Config, presets, commands):
     except OSError as error:
         if error.errno not in USER_ERRNO:
             raise
-        _leave(2, f"error: {error.strerror}: {error.filename or 'no file named'}")
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "; free some space on the disk of --out and run the same command again" if full else ""
+        _leave(2, f"error: {error.strerror}: {error.filename or 'no file named'}{hint}")
 
 
 def leave_together():
@@ -104,7 +106,7 @@ def init(device="auto"):
         raise UserError(unknown("--device", device, ["auto", *have]))
     if not have[kind]:
         raise UserError(f"--device {device}: not available on this machine; try --device auto")
-    where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    where = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(where)
     if world > 1 and not dist.is_initialized():
@@ -209,8 +211,8 @@ def print_plan(cfg, plan):
 
     plan: params, flops_per_step, memory_gb_per_rank, disk_gb, hours_at_mfu; any more keys are printed too.
     """
-    head = dict(script=script_name(), preset=cfg.preset, params=None, flops_per_step=None, memory_gb_per_rank=None,
-                disk_gb=None, steps=getattr(cfg, "steps", None), hours_at_mfu=None)
+    head = dict(script=script_name(), preset=cfg.preset, params=None, flops_per_step=None,
+                memory_gb_per_rank=None, disk_gb=None, steps=getattr(cfg, "steps", None), hours_at_mfu=None)
     plan = plain({**head, **plan})
     if getattr(cfg, "json", False):
         print(json.dumps(plan))

@@ -1,4 +1,4 @@
-"""A run on disk: log.jsonl, config.json, the source that ran, RUN.md, and the lock that keeps a second run out."""
+"""A run on disk: log.jsonl, config.json, the source that ran, RUN.md, the lock against a second run."""
 
 import contextlib
 import dataclasses
@@ -15,11 +15,8 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
-import numpy
-import PIL
-import safetensors
-import scipy
 import torch
 import torch.distributed as dist
 
@@ -51,8 +48,10 @@ class Log:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{self.out} is in use by another process; wait for it or choose another --out") from None
-        _refuse_other_config(self.out, config, {f.name for f in dataclasses.fields(cfg) if f.metadata.get("free")})
+            raise UserError(f"{self.out} is in use by another process; wait for it or choose another --out"
+                            ) from None
+        free = {f.name for f in dataclasses.fields(cfg) if f.metadata.get("free")}
+        _refuse_other_config(self.out, config, free)
         free_gb = shutil.disk_usage(self.out).free / 1e9
         if free_gb < need_gb:
             raise UserError(f"{self.out} has {free_gb:.1f} GB free and this run needs {need_gb:.1f} GB")
@@ -89,7 +88,8 @@ class Log:
         skip = {".lock", "RUN.md", "log.jsonl"}
         files = [p for p in sorted(self.out.rglob("*"))     # checkpoints carry their own hashes
                  if p.is_file() and p.name not in skip and "ckpt" not in p.relative_to(self.out).parts]
-        rows = "\n".join(f"| {p.relative_to(self.out)} | {p.stat().st_size} | {sha256_file(p)[:16]} |" for p in files)
+        rows = "\n".join(f"| {p.relative_to(self.out)} | {p.stat().st_size} | {sha256_file(p)[:16]} |"
+                         for p in files)
         facts = self.facts
         digest = hashlib.sha256(json.dumps(facts["config"], sort_keys=True).encode()).hexdigest()
         write_atomic(self.out / "RUN.md", f"""# {self.out.name}
@@ -166,15 +166,16 @@ def _refuse_other_config(out, config, free):
 
 
 def code_fingerprint(script):
-    """dict(code_sha256, files, commit): SHA-256 over sorted lines 'path NUL sha256 LF' of script and common/**/*.py.
+    """dict(code_sha256, files, commit): SHA-256 over sorted lines 'path NUL sha256 LF' of script and common.
 
-    commit is the git commit (with '+dirty' when the tree differs) or None: the hash alone identifies the code.
+    commit is the git commit (with '+dirty' when the tree differs) or None: the hash identifies the code.
     """
     script = pathlib.Path(script).resolve()
     paths = sorted([script, *(script.parent / "common").rglob("*.py")])
     files = {str(p.relative_to(script.parent)): sha256_file(p) for p in paths}
     text = "".join(f"{name}\0{digest}\n" for name, digest in sorted(files.items()))
-    return dict(code_sha256=hashlib.sha256(text.encode()).hexdigest(), files=files, commit=_git(script.parent))
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return dict(code_sha256=digest, files=files, commit=_git(script.parent))
 
 
 def _git(folder):
@@ -182,7 +183,9 @@ def _git(folder):
         return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
     try:
         top = ask("rev-parse", "HEAD")
-        return top.stdout.strip() + ("+dirty" if ask("status", "--porcelain").stdout else "") if not top.returncode else None
+        if top.returncode:
+            return None
+        return top.stdout.strip() + ("+dirty" if ask("status", "--porcelain").stdout else "")
     except (OSError, subprocess.TimeoutExpired):
         return None
 
@@ -191,15 +194,17 @@ VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE", "PYTORCH_C
 
 
 def environment(out):
-    """What a reader needs to repeat a number: versions, hardware, thread counts.  No user and no host names."""
+    """What a reader needs to repeat a number: versions, hardware, thread counts.  No user, no host names."""
     cuda = torch.cuda.is_available()
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if cuda else []
     return dict(
         python=platform.python_version(), platform=platform.platform(), torch=torch.__version__,
-        numpy=numpy.__version__, pillow=PIL.__version__, scipy=scipy.__version__, safetensors=safetensors.__version__,
-        cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version() if cuda else None, driver=_driver() if cuda else None,
+        **{name: version(name) for name in ("numpy", "pillow", "scipy", "safetensors")},
+        cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version() if cuda else None,
+        driver=_driver() if cuda else None,
         gpu=[g.name for g in gpus], gpu_gb=[round(g.total_memory / 1e9, 1) for g in gpus],
-        cpu=_cpu_name(), cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        cpu=_cpu_name(),
+        cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         ram_gb=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         disk_free_gb=round(shutil.disk_usage(out).free / 1e9, 1),
         threads=torch.get_num_threads(), tf32=torch.backends.cuda.matmul.allow_tf32,

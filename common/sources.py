@@ -188,7 +188,7 @@ def read_idx(path, dims):
     except (OSError, EOFError, zlib.error) as e:
         raise UserError(f"cannot read {path}: {e}") from None
     if len(data) != count:
-        raise UserError(f"{path} is truncated or overlong: {len(data)} bytes and more or less for shape {shape}")
+        raise UserError(f"{path} is truncated or overlong: {len(data)} bytes for shape {shape}")
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
@@ -247,7 +247,7 @@ def read_index(file):
 
 
 def check(samples):
-    """What an index must say of its samples: one changed offset or label would be another picture or class."""
+    """What an index must say of its samples: a changed offset or label would be another picture or class."""
     return hashlib.sha256(json.dumps(samples).encode()).hexdigest()
 
 

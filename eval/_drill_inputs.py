@@ -1,4 +1,4 @@
-"""Drills on inputs: fuzzed and hostile bytes for every reader, and each input format damaged (for eval.drills)."""
+"""Drills on inputs: fuzzed and hostile bytes for every reader, each input format damaged (for drills)."""
 
 import tempfile
 from pathlib import Path
@@ -35,7 +35,9 @@ class Input:
             path.write_bytes(data)
 
     def read(self, strict=False):
-        different = lambda value: self.reader.checked and strict and str(value) != self.sound and "other content"  # noqa: E731
+        different = (
+            lambda value: self.reader.checked and strict and str(value) != self.sound and "other content"
+        )  # noqa: E731
         outcome = judged(lambda: self.reader.read(self.folder), self.reader.says, different)
         if (self.folder / "UNPICKLED").exists() or Path("UNPICKLED").exists():
             outcome = "WRONG: a pickle was executed"
@@ -52,7 +54,7 @@ def hostile(names, n, seed):
             originals = [one.kept[path] for path in one.files]
 
             def work(i):
-                one.restore()               # the case before may have died in the middle of anything
+                one.restore()  # the case before may have died in the middle of anything
                 if i >= n:
                     one.files[0].write_bytes(list(crafted.values())[i - n])
                 else:
@@ -68,18 +70,25 @@ def hostile(names, n, seed):
                     failures.append(f"{case}: {outcome}")
                 else:
                     counts[outcome.split(":")[0]] += 1
-        found[name] = dict(fuzzed=n, crafted=len(crafted), **counts, failed=len(failures), failures=failures[:10])
+        found[name] = dict(
+            fuzzed=n, crafted=len(crafted), **counts, failed=len(failures), failures=failures[:10]
+        )
         print(f"hostile {name}: {counts}, {len(failures)} failed", *failures[:5], sep="\n    ", flush=True)
     return found
 
 
 def damage(names, rounds, seed):
-    """{reader: {cases, ...}}: every file of every input format flipped, cut and deleted, `rounds` times each."""
+    """{reader: {cases, ...}}: every file of every input format flipped, cut and deleted `rounds` times."""
     found = {}
     for name in names:
         with place() as folder:
             one = Input(name, folder)
-            cases = [(k, kind, r) for r in range(rounds) for k in range(len(one.files)) for kind in ("flip", "truncate", "delete")]
+            cases = [
+                (k, kind, r)
+                for r in range(rounds)
+                for k in range(len(one.files))
+                for kind in ("flip", "truncate", "delete")
+            ]
 
             def work(i):
                 one.restore()

@@ -40,7 +40,7 @@ ONE = Ranks(0, 1, torch.device("cpu"))
 class Reader:
     make: typing.Callable
     read: typing.Callable
-    says: tuple = (UserError,)                  # beside it, what the reader documents
+    says: tuple = (UserError,)  # beside it, what the reader documents
     checked: bool = False
 
 
@@ -59,8 +59,11 @@ def encoded(format, **how):
 
 
 def make_safetensors(folder):
-    run.save_weights(folder / "w.safetensors", {"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.ones(2)},
-                     dict(config=dict(width=8)))
+    run.save_weights(
+        folder / "w.safetensors",
+        {"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.ones(2)},
+        dict(config=dict(width=8)),
+    )
     return [folder / "w.safetensors"]
 
 
@@ -92,11 +95,23 @@ def read_pt(folder):
 
 
 def flax_bytes():
-    array = lambda shape, data: b"\x93" + bytes([0x90 + len(shape), *shape]) + b"\xa7float32" + bytes(  # noqa: E731
-        [0xC4, len(data)]) + data
-    ext = lambda payload: bytes([0xC7, len(payload), 1]) + payload                                     # noqa: E731
-    leaf = lambda shape: ext(array(shape, np.arange(np.prod(shape), dtype="<f4").tobytes()))           # noqa: E731
-    return b"\x82\xa5Dense\x82\xa6kernel" + leaf([3, 4]) + b"\xa4bias" + leaf([4]) + b"\xa4norm\x81\xa5scale" + leaf([4])
+    array = (
+        lambda shape, data: b"\x93"
+        + bytes([0x90 + len(shape), *shape])
+        + b"\xa7float32"
+        + bytes([0xC4, len(data)])  # noqa: E731
+        + data
+    )
+    ext = lambda payload: bytes([0xC7, len(payload), 1]) + payload  # noqa: E731
+    leaf = lambda shape: ext(array(shape, np.arange(np.prod(shape), dtype="<f4").tobytes()))  # noqa: E731
+    return (
+        b"\x82\xa5Dense\x82\xa6kernel"
+        + leaf([3, 4])
+        + b"\xa4bias"
+        + leaf([4])
+        + b"\xa4norm\x81\xa5scale"
+        + leaf([4])
+    )
 
 
 def make_msgpack(folder):
@@ -109,7 +124,9 @@ def make_msgpack(folder):
 
 def make_npz(folder):
     rng = np.random.default_rng(0)
-    np.savez_compressed(folder / "x.npz", images=rng.integers(0, 256, (8, 6, 6), np.uint8), labels=np.arange(8) % 2)
+    np.savez_compressed(
+        folder / "x.npz", images=rng.integers(0, 256, (8, 6, 6), np.uint8), labels=np.arange(8) % 2
+    )
     return [folder / "x.npz"]
 
 
@@ -156,6 +173,7 @@ def pictures_reader(format, checked=False, **how):
 
     def read(folder):
         return np.asarray(images.decode(str(folder / "x"))).tolist()
+
     return Reader(make, read, (OSError, ValueError), checked)
 
 
@@ -183,8 +201,13 @@ def tar_of(members, last=None):
 
 
 def shard():
-    return tar_of({f"{i:03d}.{kind}": data for i in range(3)
-                   for kind, data in (("png", encoded("PNG")), ("cls", str(i % 2).encode()))})
+    return tar_of(
+        {
+            f"{i:03d}.{kind}": data
+            for i in range(3)
+            for kind, data in (("png", encoded("PNG")), ("cls", str(i % 2).encode()))
+        }
+    )
 
 
 def make_shard(folder):
@@ -193,7 +216,7 @@ def make_shard(folder):
 
 
 def read_shard(folder):
-    (folder / "a.tar.json").unlink(missing_ok=True)             # the index would answer for the tar
+    (folder / "a.tar.json").unlink(missing_ok=True)  # the index would answer for the tar
     return read_indexed_shard(folder)
 
 
@@ -203,7 +226,7 @@ def read_indexed_shard(folder):
     for i in range(len(labels)):
         try:
             found.append(np.asarray(read(i)).tolist())
-        except (OSError, ValueError):                           # common.data replaces the picture, and says so
+        except (OSError, ValueError):  # common.data replaces the picture, and says so
             found.append(None)
     return found, labels.tolist()
 
@@ -221,12 +244,16 @@ def read_walk(folder):
 
 def make_devkit(folder):
     from scipy.io import savemat
+
     fields = ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children")
-    rows = np.array([(1, "n00000001", "a", "b", 0), (2, "n00000002", "c", "d", 0)],
-                    [(n, object) for n in fields])
+    rows = np.array(
+        [(1, "n00000001", "a", "b", 0), (2, "n00000002", "c", "d", 0)], [(n, object) for n in fields]
+    )
     mat = io.BytesIO()
     savemat(mat, dict(synsets=rows))
-    data = tar_of({"data/meta.mat": mat.getvalue(), "data/ILSVRC2012_validation_ground_truth.txt": b"1\n2\n1\n"})
+    data = tar_of(
+        {"data/meta.mat": mat.getvalue(), "data/ILSVRC2012_validation_ground_truth.txt": b"1\n2\n1\n"}
+    )
     (folder / "kit.tar.gz").write_bytes(gzip.compress(data, mtime=0))
     return [folder / "kit.tar.gz"]
 
@@ -276,7 +303,9 @@ def make_clip(folder):
     base = list(clip.byte_symbols().values())
     words = base + [c + "</w>" for c in base] + ["th", "the</w>", clip.START, clip.END]
     added = [dict(content=w, id=words.index(w)) for w in (clip.START, clip.END)]
-    tree = dict(model=dict(vocab={w: i for i, w in enumerate(words)}, merges=["t h", "th e</w>"]), added_tokens=added)
+    tree = dict(
+        model=dict(vocab={w: i for i, w in enumerate(words)}, merges=["t h", "th e</w>"]), added_tokens=added
+    )
     (folder / "tokenizer.json").write_text(json.dumps(tree))
     (folder / "tokenizer_config.json").write_text(json.dumps(dict(pad_token="<|endoftext|>")))
     return [folder / "tokenizer.json", folder / "tokenizer_config.json"]
@@ -287,9 +316,19 @@ def read_clip(folder):
 
 
 def make_t5(folder):
-    vocab = [["<pad>", 0.0], ["</s>", 0.0], ["<unk>", 0.0], ["\u2581the", -2.0], ["\u2581", -3.0], ["c", -4.0], ["at", -4.5]]
-    tree = dict(model=dict(type="Unigram", unk_id=2, vocab=vocab),
-                added_tokens=[dict(content=w, special=True) for w in ("<pad>", "</s>", "<unk>")])
+    vocab = [
+        ["<pad>", 0.0],
+        ["</s>", 0.0],
+        ["<unk>", 0.0],
+        ["\u2581the", -2.0],
+        ["\u2581", -3.0],
+        ["c", -4.0],
+        ["at", -4.5],
+    ]
+    tree = dict(
+        model=dict(type="Unigram", unk_id=2, vocab=vocab),
+        added_tokens=[dict(content=w, special=True) for w in ("<pad>", "</s>", "<unk>")],
+    )
     (folder / "tokenizer.json").write_text(json.dumps(tree))
     return [folder / "tokenizer.json"]
 
@@ -299,10 +338,17 @@ def read_t5(folder):
 
 
 def make_spiece(folder):
-    varint = lambda n: bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)          # noqa: E731
-    field = lambda n, data: varint(n << 3 | 2) + varint(len(data)) + data                          # noqa: E731
-    pieces = [("<pad>", 0.0, 3), ("</s>", 0.0, 3), ("<unk>", 0.0, 2), ("\u2581the", -2.0, 1), ("\u2581", -3.0, 1),
-              ("c", -4.0, 1), ("at", -4.5, 1)]
+    varint = lambda n: bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)  # noqa: E731
+    field = lambda n, data: varint(n << 3 | 2) + varint(len(data)) + data  # noqa: E731
+    pieces = [
+        ("<pad>", 0.0, 3),
+        ("</s>", 0.0, 3),
+        ("<unk>", 0.0, 2),
+        ("\u2581the", -2.0, 1),
+        ("\u2581", -3.0, 1),
+        ("c", -4.0, 1),
+        ("at", -4.5, 1),
+    ]
     rows = [field(1, p.encode()) + b"\x15" + struct.pack("<f", s) + b"\x18" + varint(k) for p, s, k in pieces]
     (folder / "spiece.model").write_bytes(b"".join(field(1, row) for row in rows))
     return [folder / "spiece.model"]
@@ -314,8 +360,15 @@ def make_lines(folder):
 
 
 def make_captions(folder):
-    (folder / "a.tar").write_bytes(tar_of({f"{i}.{kind}": data for i in range(3) for kind, data in (
-        ("png", encoded("PNG")), ("json", b'{"caption": "a red circle"}'))}))
+    (folder / "a.tar").write_bytes(
+        tar_of(
+            {
+                f"{i}.{kind}": data
+                for i in range(3)
+                for kind, data in (("png", encoded("PNG")), ("json", b'{"caption": "a red circle"}'))
+            }
+        )
+    )
     return [folder / "a.tar"]
 
 
@@ -330,8 +383,9 @@ def make_table(folder):
 
 
 def make_streets(folder):
-    (folder / "index.jsonl").write_text("".join(json.dumps(dict(path=f"{i}.jpg", label=i % 2, vid_id=f"v{i}")) + "\n"
-                                                for i in range(6)))
+    (folder / "index.jsonl").write_text(
+        "".join(json.dumps(dict(path=f"{i}.jpg", label=i % 2, vid_id=f"v{i}")) + "\n" for i in range(6))
+    )
     return [folder / "index.jsonl"]
 
 
@@ -344,7 +398,10 @@ def make_street_json(folder):
 
 
 def state_of(step):
-    return dict(net=dict(w=torch.full((4,), float(step)), name="x"), optim=dict(step=step, parts=[torch.arange(3) + step]))
+    return dict(
+        net=dict(w=torch.full((4,), float(step)), name="x"),
+        optim=dict(step=step, parts=[torch.arange(3) + step]),
+    )
 
 
 def make_checkpoints(folder):
@@ -381,8 +438,11 @@ def read_resealed(folder):
 def make_run(folder):
     at = folder / "runs/a/b"
     at.mkdir(parents=True)
-    rows = [dict(kind="header", config=dict(preset="x", steps=2), argv=["a.py"], world=1),
-            *(dict(kind="train", time_s=1.0 * i, step=i, loss=0.5) for i in (1, 2)), dict(kind="eval", step=2, fid=3.0)]
+    rows = [
+        dict(kind="header", config=dict(preset="x", steps=2), argv=["a.py"], world=1),
+        *(dict(kind="train", time_s=1.0 * i, step=i, loss=0.5) for i in (1, 2)),
+        dict(kind="eval", step=2, fid=3.0),
+    ]
     (at / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (at / "config.json").write_text(json.dumps(dict(config=dict(preset="x"))))
     return [at / "log.jsonl", at / "config.json"]
@@ -416,14 +476,20 @@ READERS = {
     "safetensors, foreign": Reader(make_safetensors, read_checkpoint_files),
     "safetensors index": Reader(make_sharded, read_sharded),
     "torch zip": Reader(make_pt, read_pt),
-    "flax msgpack": Reader(make_msgpack, lambda f: {k: v.tolist() for k, v in flax_msgpack.read(f / "w.msgpack").items()},
-                           (flax_msgpack.MsgpackError,)),
+    "flax msgpack": Reader(
+        make_msgpack,
+        lambda f: {k: v.tolist() for k, v in flax_msgpack.read(f / "w.msgpack").items()},
+        (flax_msgpack.MsgpackError,),
+    ),
     "npz of images": Reader(make_npz, read_images_npz, checked=True),
     "npz of moments": Reader(make_moments, read_moments, (UserError, ValueError), checked=True),
     "npz of grids": Reader(make_arc_npz, read_arc_npz, checked=True),
     "IDX": Reader(make_idx, read_idx),
     "IDX, gzip": Reader(lambda f: make_idx(f, zip=True), read_idx, checked=True),
-    **{format: pictures_reader(format, format == "PNG") for format in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM", "TIFF")},
+    **{
+        format: pictures_reader(format, format == "PNG")
+        for format in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
+    },
     "PNG with a recipe": Reader(make_recipe, lambda f: pictures.read_recipe(f / "x.png"), checked=True),
     "tar shard": Reader(make_shard, read_shard),
     "tar shard's index": Reader(make_index, read_indexed_shard, checked=True),
@@ -436,7 +502,9 @@ READERS = {
     "T5 spiece.model": Reader(make_spiece, read_t5),
     "text lines": Reader(make_lines, lambda f: list(text.documents(str(f / "c.jsonl")))),
     "captioned tar": Reader(make_captions, read_captions),
-    "captioned table": Reader(make_table, lambda f: [i.caption for i in captions.items(f / "metadata.jsonl", 32, 8)]),
+    "captioned table": Reader(
+        make_table, lambda f: [i.caption for i in captions.items(f / "metadata.jsonl", 32, 8)]
+    ),
     "street index": Reader(make_streets, lambda f: splits.read_index(f)),
     "street JSON": Reader(make_street_json, lambda f: bundle.read_json(f / "a.json")),
     "checkpoint": Reader(make_checkpoints, read_checkpoints, checked=True),

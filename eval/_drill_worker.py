@@ -1,4 +1,4 @@
-"""Cases in a forked worker that may crash, hang or eat memory without taking the drill along (for eval.drills)."""
+"""Cases in a forked worker that may crash, hang or eat memory without taking the drill along."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 GIB = 1 << 30
-LIMIT_S = 60                                    # without a word for so long, a worker hangs
+LIMIT_S = 60  # without a word for so long, a worker hangs
 
 
 def guarded(work, start, stop, limit=GIB):
@@ -91,8 +91,23 @@ def bad(outcome):
 
 # --- damage ------------------------------------------------------------------------
 
-NUMBERS = (b"-1", b"0", b"1e999", b"99999999999999999999", b"4294967296", b"0.5", b"NaN", b"null", b"[]", b"{}", b'""',
-           b"true", b"[" * 2000, b"Infinity", b"-99999999999999999999999999")
+NUMBERS = (
+    b"-1",
+    b"0",
+    b"1e999",
+    b"99999999999999999999",
+    b"4294967296",
+    b"0.5",
+    b"NaN",
+    b"null",
+    b"[]",
+    b"{}",
+    b'""',
+    b"true",
+    b"[" * 2000,
+    b"Infinity",
+    b"-99999999999999999999999999",
+)
 
 
 def mutate(data, rng):
@@ -108,22 +123,22 @@ def mutate(data, rng):
             data[at] = int(rng.choice([0, 1, 127, 128, 255]))
         elif kind == 3:
             width, order = int(rng.choice([2, 4, 8])), str(rng.choice(["little", "big"]))
-            top = 256 ** width
+            top = 256**width
             value = (top - 1, top // 2, top // 2 - 1, 0, 1)[int(rng.integers(5))]
-            data[at:at + width] = value.to_bytes(width, order)
+            data[at : at + width] = value.to_bytes(width, order)
         elif kind == 4:
             del data[at:]
         elif kind == 5:
-            del data[at:at + span]
+            del data[at : at + span]
         elif kind == 6:
-            data[at:at] = data[at:at + span]
+            data[at:at] = data[at : at + span]
         elif kind == 7:
             data[at:at] = rng.bytes(span)
-        else:                                   # text: another value in the place of a number or a word
-            found = list(re.finditer(rb"-?\d+(\.\d+)?|\"[^\"]{0,40}\"|null", bytes(data[at:at + 400])))
+        else:  # text: another value in the place of a number or a word
+            found = list(re.finditer(rb"-?\d+(\.\d+)?|\"[^\"]{0,40}\"|null", bytes(data[at : at + 400])))
             if found:
                 one = found[int(rng.integers(len(found)))]
-                data[at + one.start():at + one.end()] = NUMBERS[int(rng.integers(len(NUMBERS)))]
+                data[at + one.start() : at + one.end()] = NUMBERS[int(rng.integers(len(NUMBERS)))]
     return bytes(data)
 
 

@@ -1,4 +1,4 @@
-"""common/run.py, flags.py, runlog.py, ckpt.py: what a user can do wrong, and what a crash can do at any moment."""
+"""common/run.py, flags.py, runlog.py, ckpt.py: what a user can do wrong, and a crash at any moment."""
 
 import dataclasses
 import errno
@@ -38,7 +38,8 @@ class Config:
 
 
 PRESETS = {"small": dict(paper="-", expect={}, set=dict(steps=3)),
-           "table8_l2": dict(paper="table 8, column L/2", expect=dict(fid=1.54), set=dict(steps=200_000, lr=4e-4))}
+           "table8_l2": dict(paper="table 8, column L/2", expect=dict(fid=1.54),
+                             set=dict(steps=200_000, lr=4e-4))}
 
 
 def parse(*argv):
@@ -84,7 +85,8 @@ def test_a_wrong_config_file_is_named(tmp_path, content, says):
 
 
 def test_every_kind_of_field_parses():
-    command, cfg = parse("sample", "a.png", "b.png", "--no-ema", "--taus", "1,2.5", "--limit", "1e3", "--mode=y")
+    command, cfg = parse("sample", "a.png", "b.png", "--no-ema", "--taus", "1,2.5", "--limit", "1e3",
+                         "--mode=y")
     assert (command, cfg.files, cfg.ema, cfg.taus, cfg.limit, cfg.mode) == \
         ("sample", ("a.png", "b.png"), False, (1.0, 2.5), 1000, "y")
     assert parse("--limit", "none")[1].limit is None
@@ -146,7 +148,8 @@ def model_and_optimizer():
 
 def test_state_round_trips_bit_for_bit(tmp_path):
     net, optim = model_and_optimizer()
-    bank = dict(ring=torch.arange(6), half=torch.randn(3).bfloat16(), at={3: (1, [2.5, None])}, count=np.arange(3))
+    bank = dict(ring=torch.arange(6), half=torch.randn(3).bfloat16(), at={3: (1, [2.5, None])},
+                count=np.arange(3))
     ckpt.save(tmp_path, 7, dict(net=net, optim=optim), ONE, dict(bank=bank))
     net2, optim2 = model_and_optimizer()
     bank2 = {}
@@ -207,7 +210,7 @@ def test_full_disk_keeps_the_old_checkpoint_and_says_what_to_do(tmp_path, monkey
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(ckpt, "save_file", full)
-    with pytest.raises(run.UserError, match="no space left .* free some space and run the same command again"):
+    with pytest.raises(run.UserError, match="no space left .* free some space and run the same command"):
         ckpt.save(tmp_path, 2, dict(s=state), ONE)
     monkeypatch.undo()
     assert ckpt.load(tmp_path, dict(s=state), ONE) == 1
@@ -306,7 +309,8 @@ def test_one_changed_byte_changes_the_fingerprint_and_git_is_not_needed(tmp_path
     (tmp_path / "common/a.py").write_text("x = 1\n")
     (tmp_path / "s.py").write_text("y = 1\n")
     before = runlog.code_fingerprint(tmp_path / "s.py")
-    assert before["commit"] is None and before["code_sha256"] == runlog.code_fingerprint(tmp_path / "s.py")["code_sha256"]
+    again = runlog.code_fingerprint(tmp_path / "s.py")
+    assert before["commit"] is None and before["code_sha256"] == again["code_sha256"]
     (tmp_path / "common/a.py").write_text("x = 2\n")
     after = runlog.code_fingerprint(tmp_path / "s.py")
     assert after["code_sha256"] != before["code_sha256"]
@@ -321,7 +325,8 @@ def test_wandb_is_optional_and_receives_the_lines_of_the_log(tmp_path, monkeypat
     with pytest.raises(run.UserError, match="pip install wandb"):
         run.Log(cfg, ONE)
     got = []
-    fake = types.SimpleNamespace(init=lambda **k: types.SimpleNamespace(log=lambda row, step: got.append((step, row["loss"])),
+    fake = types.SimpleNamespace(init=lambda **k: types.SimpleNamespace(
+        log=lambda row, step: got.append((step, row["loss"])),
                                                                         finish=lambda: None))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     log = run.Log(parse("--out", str(tmp_path / "b"), "--wandb", "p")[1], ONE)
@@ -374,7 +379,8 @@ SCRIPT = textwrap.dedent('''
             time.sleep(cfg.pause_s)
             run.save_if_due(cfg.out, step, cfg.steps, 5, dict(net=net, optim=optim), ddp, dict(bank=bank))
         if ddp.rank == 0:
-            run.save_weights(cfg.out + "/ema.safetensors", net.state_dict(), dict(config=dataclasses.asdict(cfg)))
+            meta = dict(config=dataclasses.asdict(cfg))
+            run.save_weights(cfg.out + "/ema.safetensors", net.state_dict(), meta)
         log.finish()
 
     if __name__ == "__main__":
@@ -449,7 +455,7 @@ def test_a_mistake_is_one_line_and_exit_2(script, argv, said):
 def test_equal_weights_are_equal_bytes(tmp_path):
     meta = {f"key{i}": "é" * i for i in range(8)}
     files = []
-    for i in range(6):                                          # unsorted, two of six would be equal once in 8! draws
+    for i in range(6):                                  # unsorted, two of six would be equal once in 8! draws
         run.save_weights(tmp_path / f"{i}.safetensors", {"w": torch.arange(3.0)}, meta)
         files.append((tmp_path / f"{i}.safetensors").read_bytes())
     assert len(set(files)) == 1 and run.load_weights(tmp_path / "0.safetensors")[1] == meta
