@@ -959,13 +959,17 @@ def plots(cfg):
     _, mu, kl_D = measure(net, held.where(pick[:2000]), device=device)
     held = held.where(pick[:2000])
     decode = torch.no_grad()(lambda z: best_rectangle(net.decode(z.to(device))).cpu().numpy())
-    title = f"{ran.preset}: held-out grids and their reconstructions (z = mu), wrong cells framed"
-    draw.save(reconstructions(held.grids[:16], decode(mu[:16]), title), to / "reconstruction.png")
+    back = np.concatenate([decode(m) for m in mu[:200].split(50)])
+    worst = (back != held.grids[:200]).sum((1, 2))[12:].argsort(kind="stable")[:-5:-1] + 12
+    show = [*range(12), *worst]
+    title = f"{ran.preset}: 12 held-out grids and reconstructions (z = mu); last row: the worst 4 of 200"
+    draw.save(reconstructions(held.grids[show], back[show], title), to / "reconstruction.png")
     draw.save(prior_page(decode(net.draw(256, cfg.seed, device)), held.grids), to / "prior.png")
     t = torch.linspace(0, 1, 8)[:, None]
     rows = [strip(decode(a + t * (b - a))) for a, b in mu[16:28].view(6, 2, -1)]
-    draw.save(table(rows, [f"{i}/7" for i in range(8)], title="from one held-out grid to another, linear in mu"),
-              to / "interpolation.png")
+    heads = [f"{i}/7" for i in range(8)]
+    page = table(rows, heads, title="from one held-out grid to another, linear in mu")
+    draw.save(page, to / "interpolation.png")
     draw.save(traversal(net, mu, decode), to / "traversal.png")
     if ran.latent == "vector":
         most = sorted(enumerate(kl_D.tolist()), key=lambda p: -p[1])[:40]
@@ -982,7 +986,7 @@ def plots(cfg):
 
 
 def traversal(net, mu, decode):
-    """One latent of one grid moved from -2 to 2 standard deviations at a time: the sizes, then the busiest."""
+    """One latent of one grid moved from -2 to 2 standard deviations: the sizes, then the busiest."""
     first = 2 * net.coded
     area = net.shape(mu[:50]).prod(1)
     base = mu[int((area - 100).abs().argmin())]                 # large enough to see, small enough to read
@@ -995,7 +999,7 @@ def traversal(net, mu, decode):
         z[:, j] = torch.linspace(-2, 2, 7) * (1 if j < first else float(mu[:, j].std()))
         rows.append(strip(decode(z)))
     heads = [f"{v / 3:.1f} sd" for v in range(-6, 7, 2)]
-    return table(rows, heads, names, "one latent moved, the others held")
+    return table(rows, heads, names, "one latent moved, the others held (at 0 beyond the edge of the grid)")
 
 
 def arithmetic(net, held, device, to):

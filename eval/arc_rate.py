@@ -20,10 +20,12 @@ def read(run):
     """The row of one run."""
     m = json.loads(Path(run, "metrics.json").read_text())
     c = m["config"]
-    kind = "vector" if c["latent"] == "vector" else "spatial, causal prior" if c["prior"] == "causal" else "spatial"
+    kind = "vector" if c["latent"] == "vector" else "spatial" + ", causal prior" * (c["prior"] == "causal")
+    kind += f", {c['patch']}x{c['patch']} patches" if kind == "spatial" and c["patch"] != 2 else ""
     top = dict(conservative=0.1).get(c["schedule"], 2)
-    return dict(kind=kind + (" (no file)" if not c["data"] else ""), d=m["latents"], beta=top * c["beta_scale"],
-                steps=c["steps"], runs=1, cell=m["cell_acc"], nonbg=m["nonbg_acc"], exact=m["exact_acc"],
+    kind += "" if c["data"] else " (no file)"
+    return dict(kind=kind, d=m["latents"], beta=top * c["beta_scale"], steps=c["steps"], runs=1,
+                cell=m["cell_acc"], nonbg=m["nonbg_acc"], exact=m["exact_acc"],
                 drawn=m["sampled_z"]["cell_acc"], code=m["kl_nats"]["mean"], recon=m["recon_nats"],
                 total=-m["sampled_z"]["elbo_nats"], uniform=m["uniform_code_nats"], zlib=m["zlib_nats"],
                 pca={int(k[3:]): (v["cell_acc"], v["nonbg_acc"], v["exact_acc"])
@@ -66,9 +68,11 @@ def table(rows):
 def picture(rows):
     """Accuracy over total nats (uniform code and zlib as upright lines), and over the number of latents."""
     panels, kinds = [], list(dict.fromkeys(r["kind"] for r in rows))
+    runs = {r["kind"] + f", {r['steps']} steps": (r["kind"], r["steps"]) for r in rows}
     pca = {d: v for r in rows for d, v in r["pca"].items()}
     for i, (key, name) in enumerate((("cell", "cell accuracy"), ("nonbg", "non-background accuracy"))):
-        series = {k: tuple(zip(*sorted((r["total"], r[key]) for r in rows if r["kind"] == k))) for k in kinds}
+        series = {k: tuple(zip(*sorted((r["total"], r[key]) for r in rows if (r["kind"], r["steps"]) == v)))
+                  for k, v in runs.items()}
         low = min(r[key] for r in rows)
         for other in ("zlib", "uniform"):
             at = rows[0][other]

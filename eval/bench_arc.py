@@ -99,7 +99,7 @@ def main():
         for name in np.roll(list(steps), turn):
             cells = 0
             for i in range(args.steps + 1):
-                if i == 1:                                      # the first step warms caches and the allocator
+                if i == 1:                      # the first step warms caches and the allocator
                     began, cells = time.process_time(), 0
                 grid = next(plain) if name == "plain" else feed(next(order), run.generator(turn, i))
                 steps[name](grid)

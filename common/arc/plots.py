@@ -1,4 +1,4 @@
-"""Pictures of a finished run of beta_vae_arc.py: tables of grids, prior draws, training curves, maps of latents."""
+"""Pictures of a finished run of beta_vae_arc.py: tables of grids, prior draws, curves, maps of latents."""
 
 import json
 
@@ -58,8 +58,9 @@ def prior_page(drawn, held, side=6, tile=94):
         pictures = [picture(g, tile) for g in grids[:side**2]]
         rows = [pictures[i:i + side] for i in range(0, len(pictures), side)]
         s = grid_statistics(grids)
-        tables.append(table(rows, title=f"{name}: {s['valid']:.0%} valid, {s['mean_h']:.0f}x{s['mean_w']:.0f}, "
-                                        f"{s['colors_per_grid']:.1f} colours"))
+        size = f"{s['mean_h']:.0f}x{s['mean_w']:.0f}"
+        facts = f"{s['valid']:.0%} valid, {size}, {s['colors_per_grid']:.1f} colours"
+        tables.append(table(rows, title=f"{name}: {facts}"))
     share = lambda v, n: np.bincount(v, minlength=n + 1)[:n + 1] / len(v)
     height = {k: (range(1, 31), share((g[:, :, 0] != OUTSIDE).sum(1), 30)[1:]) for k, g in both.items()}
     colors = {k: (range(1, 11), share(sum((g == c).any((1, 2)).astype(int) for c in range(10)), 10)[1:])
@@ -83,7 +84,8 @@ def curves(out, to):
     acc = [np.mean([r["cell_acc"] for r in seen[i:i + n]]) for i in range(0, len(seen), n)]
     small = dict(size=(480, 380), xlabel="step")
     draw.save(draw.sheet([
-        draw.lines({"training": ([r["step"] for r in seen[::n]], acc), "held-out tasks": pick(held, "cell_acc"),
+        draw.lines({"training": ([r["step"] for r in seen[::n]], acc),
+                    "held-out tasks": pick(held, "cell_acc"),
                     "held out, non-background": pick(held, "nonbg_acc"),
                     "held out, exact": pick(held, "exact_acc")}, title="accuracy", **small),
         draw.lines({"reconstruction": pick(held, "recon_nats"),
@@ -96,15 +98,16 @@ def cloud(points, label, colors, title):
     """Scatter of points [N, 2] in the colour of their label: {label: colour}."""
     colors = {k: v for k, v in colors.items() if (label == k).any()}
     key = lambda plot, i, x, y: plot.dot(x + 10, y, 5, list(colors.values())[i])
-    plot = Plot((460, 480), limits([points[:, 0]]), limits([points[:, 1]]), title, keys=list(colors), mark=key)
+    xlim, ylim = limits([points[:, 0]]), limits([points[:, 1]])
+    plot = Plot((460, 480), xlim, ylim, title, keys=list(colors), mark=key)
     for x, y, name in zip(*np.array(plot.px(*points.T)).T, label):
         plot.dot(x, y, 2.6, colors[name])
     return plot.done()
 
 
 def maps(held, mu, to):
-    """PCA and t-SNE of posterior means mu [N, D], coloured by half of the pair, area, and most frequent colour."""
-    x = mu.astype(np.float64)
+    """PCA and t-SNE of posterior means mu [N, D], coloured by half of the pair, area, top colour."""
+    held, x = held.where(slice(0, 1000)), mu[:1000].astype(np.float64)
     area = held.shapes.astype(int).prod(1)
     mode = np.stack([(held.grids == c).sum((1, 2)) for c in range(10)], 1).argmax(1)
     cuts = np.quantile(area, [0.25, 0.5, 0.75]).astype(int)
