@@ -57,6 +57,9 @@ def apply_op(image, name, m, resample=Image.NEAREST):
     if name in ("Color", "Sharpness"):
         return getattr(ImageEnhance, name)(image).enhance(1 + m)
     if name == "Posterize":
+        # no bits left: Pillow refuses, the image is black
+        if int(m) == 0:
+            return Image.new("RGB", image.size)
         return ImageOps.posterize(image, int(m))
     if name == "Solarize":
         return ImageOps.solarize(image, 255 * m)
