@@ -589,6 +589,25 @@ def test_metas_own_files_convert_to_the_same_network(tmp_path):
     assert torch.equal(sv.ViT.load(tmp_path / "meta.pth", 2)(x)["cls"], vit(x)["cls"])
 
 
+@pytest.mark.skipif(not os.environ.get("DINOV3_WEIGHTS"),
+                    reason="gated weights: DINOV3_WEIGHTS=FOLDER of them")
+@pytest.mark.parametrize("name, want", [
+    ("vits16", (0.463561, -0.415609, 0.408236, -0.126613, -0.286636)),
+    ("vitb16", (1.034643, -0.180609, -0.341018, -0.066376, -0.011383)),
+    ("vitl16", (0.484527, -0.582214, 0.480636, 0.592040, 0.945166)),
+    ("vith16plus", (-0.064575, -0.148866, -0.621524, 0.634878, 0.152695))])
+def test_released_weights_give_the_published_class_token(name, want):
+    """COCO val2017 000000039769.jpg beside the weights; values of transformers' conversion script, 1e-3 as
+    there."""
+    folder = Path(os.environ["DINOV3_WEIGHTS"])
+    weights = folder / f"dinov3-{name}-pretrain-lvd1689m"
+    if not weights.is_dir():
+        pytest.skip(f"no {weights}")
+    x = views.resized(Image.open(folder / "000000039769.jpg").convert("RGB"), 224)[None]
+    with torch.no_grad():
+        assert torch.allclose(sv.ViT.load(weights)(x)["cls"][0, :5], torch.tensor(want), atol=1e-3)
+
+
 def test_positions_stretch_only_in_training():
     vit, x = tiny_vit().double(), torch.randn(1, 3, 32, 32).double()
     vit.rope_stretch = 2.0
@@ -769,6 +788,39 @@ def test_byol_swav_parts():
     shadow = {"w": torch.zeros(2)}
     selfsup.average_into(shadow, {"w": torch.ones(2)}, 0.9)
     assert torch.allclose(shadow["w"], torch.full((2,), 0.1))
+
+
+def test_simclr_lowers_its_loss_and_finds_the_other_view(picture):
+    """Eight images, thirty steps: NT-Xent falls by more than a tenth of ln(2N - 1) and retrieval rises."""
+    vit, cfg = tiny_vit(), sv.Config(model_image=32)
+    head = sv.make_projector(32, 16)
+    pictures = [streets.frame(0, k, 0, size=48)[0] for k in range(8)]
+    x = torch.stack([sv.simclr_views(im, cfg, run.generator(k))
+                     for k, im in enumerate(pictures)]).transpose(0, 1)
+    optim = torch.optim.AdamW([*vit.parameters(), *head.parameters()], 1e-3)
+    embed, rows = lambda v: head(vit(v)["cls"]), []
+    for step in range(30):
+        optim.zero_grad()
+        loss, z1, z2 = sv.simclr_step(embed, [x], cfg, (0, step))
+        optim.step()
+        rows.append((float(loss), selfsup.contrast_scores(z1, z2)["top1"]))
+    assert rows[-1][0] < rows[0][0] - 0.1 * math.log(15) and rows[-1][1] > rows[0][1]
+
+
+def test_accumulation_equals_one_large_batch(data, done, tmp_path, monkeypatch):
+    """Four micro-batches of 8 and one of 32: the same weights after a step of plain gradient descent."""
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, *a, **k: torch.optim.SGD(groups, 0.1))
+    samples = splits.Samples(splits.read_index(data)[:32], data)
+    ends = []
+    for batch in (32, 8):
+        cfg = dataclasses.replace(done[0], phase1_batch=batch, phase1_accumulate=32 // batch,
+                                  model_dropout=0.0,
+                                  model_init_from_explora=False, steps=1, phase1_warmup=0.0)
+        job = sv.Job((cfg, run.Ranks(0, 1, torch.device("cpu")), done[1], None, lambda *a, **k: None))
+        net = sv.prepare(cfg, done[1], job.ddp)
+        sv.fit_task(job, net, samples, samples, "basic", 1, tmp_path / str(batch))
+        ends.append(net.state_dict())
+    assert all(torch.allclose(ends[0][k], ends[1][k], atol=1e-6) for k in ends[0])
 
 
 @pytest.mark.parametrize("objective", ["byol", "swav", "byol_swav"])
