@@ -182,8 +182,7 @@ class Config:
                             ("prob", "logit"), free=True)
     phase2_save_sweep_curve: bool = opt(True, "write threshold_sweep.csv", free=True)
     phase2_save_mcc_plot: bool = opt(True, "write mcc_curve.png", free=True)
-    phase2_target_prior: float | None = opt(None,
-                                            "maximise the MCC at this share of positives; none: the data's",
+    phase2_target_prior: float | None = opt(None, "maximise the MCC at this share of positives; none: as is",
                                             free=True)
     phase4c_mode: str = opt("auto", "fusion; auto: VAL_SELECT decides", ("auto", *MODES), free=True)
     phase4c_views: str = opt("tiles", "tiles of one image, or the frames of its group", ("tiles", "frames"),
@@ -225,9 +224,8 @@ class Config:
 
 LAPTOP = dict(model_size="vitt8", model_image=64, model_hidden=64, model_dropout=0.1, source_steps=120,
               phase4a_variant="full", phase4a_lr=5e-4, phase4a_hidden=256, phase4a_prototypes=32,
-              phase4a_epochs=4,
-              phase1_mode="full", phase1_batch=64, phase1_accumulate=1, phase1_epochs=14, phase1_lr=1.5e-3,
-              phase1_backbone_lr=1.5e-3, data_scale_to_size=True, data_erasing_max=0.1,
+              phase4a_epochs=4, phase1_mode="full", phase1_batch=64, phase1_accumulate=1, phase1_epochs=14,
+              phase1_lr=1.5e-3, phase1_backbone_lr=1.5e-3, data_scale_to_size=True, data_erasing_max=0.1,
               phase4c_views="frames", phase4c_epochs=20, phase4c_lr=1e-3, phase4c_hidden=64,
               phase4c_latent=32)
 PRESETS = {
@@ -837,8 +835,8 @@ def run_phase2(job):
     cfg, _, paths, store, _ = job
     z = read_logits(paths.val_calib_logits, store.open("CALIB_FIT", "phase2", "fit"))
     n, prior = cfg.phase2_n_thresholds, cfg.phase2_target_prior
-    tau, best, metrics, curve = select_threshold_max_mcc(z["logits"], z["label"], n, True, prior,
-                                                         cfg.phase2_space)
+    found = select_threshold_max_mcc(z["logits"], z["label"], n, True, prior, cfg.phase2_space)
+    tau, best, metrics, curve = found
     metrics["mcc_optimism"] = scorecard.optimism(z["prob"], z["label"], z["group"], min(n, 1000), prior)
     bundle.write_json(paths.thresholds_json, dict(
         schema="streetvision/policy@1", policy_type="threshold", threshold=tau, n_thresholds=n,
@@ -1009,7 +1007,7 @@ STEPS = {"phase4a_explora": Step(run_phase4a, "phase4a_dir", f"{TRAINED_ON} phas
                         ("val_calib_fused", "cvfm_report")),
          "phase6": Step(run_phase6, "export_dir", "phase4c_ phase6_ model_",
                         ("model_best", "scrc_params_json"),
-                        ("cvfm_weights", "thresholds_json"))}
+                        ("cvfm_weights", "thresholds_json", "probe_before", "probe_after"))}
 
 
 def train(cfg):

@@ -2,7 +2,6 @@
 phases."""
 
 import dataclasses
-import inspect
 import itertools
 import json
 import math
@@ -23,8 +22,8 @@ from scipy.special import expit, logit
 
 import streetvision as sv
 from common import run
-from common.street import (adapters, augment, bundle, conformal, fusion, pipeline, selfsup, serving, splits,
-                           streets, subnet, views)
+from common.street import (ablation, adapters, augment, bundle, conformal, fusion, pipeline, probe, scorecard,
+                           selfsup, serving, splits, streets, subnet, views)
 from common.classify import binary_metrics
 from common.street.calibrate import retention
 
@@ -81,7 +80,7 @@ def test_full_pipeline_leaves_every_artifact(done):
             assert getattr(paths, name).exists(), name
     plots = {p.name for p in paths.evaluation_dir.glob("*.png")}
     assert plots == {"roc_curve.png", "pr_curve.png", "confusion_matrix.png", "reliability_diagram.png",
-                     "risk_coverage.png"}
+                     "risk_coverage.png", "phase_gains.png"}
     for p in [*paths.evaluation_dir.glob("*.png"), paths.mcc_curve_plot, paths.reliability_plot]:
         image = np.asarray(Image.open(p))
         assert image.std() > 5 and min(image.shape[:2]) > 200
@@ -109,8 +108,14 @@ def test_report_has_intervals_and_paired_differences(done):
     assert set(r["results"]) == {"single_view", "multiview_mean", "cvfm_inference", "cvfm_trained", "bundle"}
     cell = r["results"]["bundle"]["scrc"]
     assert cell["ci"]["mcc"]["lower"] <= cell["metrics"]["mcc"] <= cell["ci"]["mcc"]["upper"]
-    assert len(r["paired"]) == 4 and all({"diff", "lower", "upper", "supported"} <= set(d["mcc"])
+    assert len(r["paired"]) == 7 and all({"diff", "lower", "upper", "supported"} <= set(d["mcc"])
                                          for d in r["paired"].values())
+    phases = {name.split(":")[0] for name in r["paired"]}
+    assert phases == {"phase4a", "phase1", "phase2", "phase4c", "phase5", "all"}
+    own = r["baseline"]["probe_before"]["metrics"]["mcc"]
+    d = r["paired"]["all: bundle - frozen-feature logistic"]["mcc"]
+    assert d["diff"] == pytest.approx(cell["metrics"]["mcc"] - own, abs=1e-9)
+    assert r["acceptance"]["met"] == (d["lower"] > -0.02)
     assert r["bootstrap"]["unit"] == "group" and r["leakage_check"] == "pass"
     assert {s["slice"] for s in r["slices"]} >= {"perturb_level", "shift"}
     c = cell["counts"]
@@ -285,6 +290,90 @@ def test_stop_and_resume_gives_the_same_weights(data, done, tmp_path, monkeypatc
     assert not (home / "phase1" / "ckpt").exists()
 
 
+def cloned(done, tmp_path, **more):
+    """A copy of the finished run that may be changed -> (cfg, paths)."""
+    cfg, paths = done
+    home = shutil.copytree(paths.run, tmp_path / "again")
+    (home / ".lock").unlink(missing_ok=True)
+    return dataclasses.replace(cfg, out=str(home), **more), sv.Paths(str(home))
+
+
+def test_ablations_are_paired_differences_of_val_select(done, data, tmp_path, monkeypatch):
+    cfg, paths = cloned(done, tmp_path, steps=1, eval_resamples=200)
+    trained = []
+
+    def fake(sub):                                              # the phases themselves are tested elsewhere
+        trained.append((sub.seed, sub.model_init_from_explora, sub.phases))
+        target = sv.Paths(sub.out)
+        target.phase1_dir.mkdir(parents=True)
+        tensors, meta = bundle.load_tensors(paths.val_select_logits)
+        better = torch.nn.functional.one_hot(tensors["labels"], 2) * 9.0
+        tensors["logits"] = better if sub.model_init_from_explora else -better
+        bundle.save_tensors(target.val_select_logits, tensors, meta)
+    result = ablation.ablate(dataclasses.replace(cfg, what="explora"), fake, data)
+    assert set(result) == {"42", "43", "44", "mean"} and len(trained) == 6
+    assert {t[2] for t in trained if t[1]} == {"phase4a_explora,phase1"}
+    assert result["mean"]["diff"] == pytest.approx(2) == result["42"]["diff"]
+    assert result["mean"]["seeds"] == 3 and result["mean"]["lower"] <= 2 and "supported" in result["mean"]
+    for what, names in (("cvfm", set(sv.MODES)), ("calibration", {*sv.CALIBRATORS, "mac_cal"})):
+        sv.ablate(dataclasses.replace(cfg, what=what))
+        assert set(json.loads(Path(cfg.out, "ablation.json").read_text())[what]) == names
+    assert set(json.loads(Path(cfg.out, "ablation.json").read_text())) == {"explora", "cvfm", "calibration"}
+
+
+def test_small_commands_leave_what_they_say(done, tmp_path, capsys):
+    cfg, paths = cloned(done, tmp_path, scenes=4, shift_scenes=1)
+    sv.demo_data(dataclasses.replace(cfg, out=str(tmp_path / "drawn")))
+    assert len(splits.read_index(tmp_path / "drawn")) == 12
+    assert (tmp_path / "drawn/shift/index.jsonl").is_file()
+    sv.sample(cfg)
+    assert Image.open(Path(cfg.out, "samples/predictions.png")).size[0] > 6 * cfg.size
+    pipeline.doctor(cfg)
+    said = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in said and "cuda devices" in said and "ok" in said
+    assert not Path(cfg.out, ".doctor.json").exists()
+    sv.validate(cfg)
+    assert "sound bundle" in capsys.readouterr().out
+
+
+def test_doctor_refuses_old_versions(done, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.5.1")
+    with pytest.raises(run.UserError, match="2.6"):
+        pipeline.doctor(dataclasses.replace(done[0], out=str(tmp_path)))
+
+
+def test_bench_writes_three_cases_without_promises(done, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda net,
+                        **kw: (_ for _ in ()).throw(RuntimeError("no compiler")))
+    with pytest.warns(UserWarning, match="torch.compile failed"):
+        sv.bench(dataclasses.replace(done[0], out=str(tmp_path), steps=2, phase1_batch=2))
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [r["case"] for r in rows] == ["eager-fp32"] * 2 + ["eager-auto"] * 2 + ["compile-auto"]
+    assert all(r["ms_mean"] > 0 and r["images_per_s"] > 0
+               for r in rows[:4]) and "failed" in rows[4]["skipped"]
+
+
+def test_evaluate_from_the_command_line(done, tmp_path):
+    home = shutil.copytree(done[1].run, tmp_path / "again")
+    r = cli("evaluate", "--bundle", str(home / "export/bundle.json"), "--data", done[0].data, "--mode",
+            "quick",
+            cwd=tmp_path)
+    assert r.returncode == 0 and r.stdout.startswith("VAL_TEST  MCC"), r.stderr
+
+
+def test_sweep_and_plot_can_be_left_out_and_the_grid_can_follow_the_scores(done, tmp_path):
+    cfg, paths = cloned(done, tmp_path, phases="phase2", phase2_save_sweep_curve=False,
+                        phase2_save_mcc_plot=False, phase2_space="logit")
+    paths.threshold_sweep_csv.unlink()
+    sv.train(cfg)
+    assert paths.thresholds_json.is_file() and not paths.threshold_sweep_csv.exists()
+    # all below the second threshold of a plain grid
+    p = 1e-7 * np.arange(1, 101)
+    logits, y = np.log(np.stack([1 - p, p], 1)), (np.arange(100) >= 60).astype(int)
+    plain, fine = (sv.select_threshold_max_mcc(logits, y, 1000, space=s) for s in ("prob", "logit"))
+    assert plain[1] == 0 and fine[1] == 1 and p[59] < fine[0] <= p[60]
+
+
 # --- leakage ---------------------------------------------------------------
 
 
@@ -383,6 +472,33 @@ def test_splits_are_by_group_stable_under_growth_and_near_their_shares():
     assert len(splits.leaks(splits.make_splits(rows_of(400), "image"))) > 100
 
 
+def test_stratified_splits_cut_each_class_at_its_quantiles():
+    rows = rows_of(401)
+    s = splits.make_splits(rows, "hash_stratified")
+    assert not splits.leaks(s) and len(s["split"]) == len(rows)
+    groups = {(g, s["split"][r["id"]]) for r in rows for g in [r["group"]]}
+    for label in (0, 1):
+        mine = [split for g, split in groups if int(g[1:]) % 2 == label]
+        for name, share in splits.SHARES.items():
+            assert abs(mine.count(name) - share * len(mine)) <= 1
+
+
+def test_official_test_rows_are_the_test_split_and_void_the_guarantees():
+    rows = [dict(r, official_split="test" if int(r["group"][1:]) % 5 == 0 else "train") for r in rows_of(400)]
+    s = splits.make_splits(rows, "official_test")
+    for r in rows:
+        assert (s["split"][r["id"]] == "VAL_TEST") == (r["official_split"] == "test")
+    assert abs(s["counts"]["TRAIN"] / 960 - 2 / 3) < 4 * math.sqrt(2 / 9 / 320)
+    with pytest.raises(run.UserError, match="official_split"):
+        splits.make_splits(rows_of(10), "official_test")
+    rng = np.random.default_rng(0)
+    p, y = (a[0] for a in draw(rng, 1, 300))
+    conf = dict(label=y, group=np.arange(300), id=np.arange(300).astype(str))
+    kw = dict(xi=0.8, alpha=0.1, delta=0.1, fnr_alpha=0.1)
+    kinds = [conformal.guarantees(conf, p, p, 0.5, exchangeable=e, **kw) for e in (True, False)]
+    assert [k["risk"]["guarantee"] for k in kinds] == ["marginal_exact", "none"]
+
+
 def test_near_duplicates_join_groups(tmp_path):
     rng = np.random.default_rng(0)
     images = [Image.fromarray(np.kron(rng.integers(0, 255, (8, 9, 3)), np.ones((8, 8, 1))).astype(np.uint8))
@@ -471,6 +587,25 @@ def test_metas_own_files_convert_to_the_same_network(tmp_path):
     out["mask_token"], out["rope_embed.periods"] = out["mask_token"][0], torch.ones(4)
     torch.save(out, tmp_path / "meta.pth")
     assert torch.equal(sv.ViT.load(tmp_path / "meta.pth", 2)(x)["cls"], vit(x)["cls"])
+
+
+@pytest.mark.skipif(not os.environ.get("DINOV3_WEIGHTS"),
+                    reason="gated weights: DINOV3_WEIGHTS=FOLDER of them")
+@pytest.mark.parametrize("name, want", [
+    ("vits16", (0.463561, -0.415609, 0.408236, -0.126613, -0.286636)),
+    ("vitb16", (1.034643, -0.180609, -0.341018, -0.066376, -0.011383)),
+    ("vitl16", (0.484527, -0.582214, 0.480636, 0.592040, 0.945166)),
+    ("vith16plus", (-0.064575, -0.148866, -0.621524, 0.634878, 0.152695))])
+def test_released_weights_give_the_published_class_token(name, want):
+    """COCO val2017 000000039769.jpg beside the weights; values of transformers' conversion script, 1e-3 as
+    there."""
+    folder = Path(os.environ["DINOV3_WEIGHTS"])
+    weights = folder / f"dinov3-{name}-pretrain-lvd1689m"
+    if not weights.is_dir():
+        pytest.skip(f"no {weights}")
+    x = views.resized(Image.open(folder / "000000039769.jpg").convert("RGB"), 224)[None]
+    with torch.no_grad():
+        assert torch.allclose(sv.ViT.load(weights)(x)["cls"][0, :5], torch.tensor(want), atol=1e-3)
 
 
 def test_positions_stretch_only_in_training():
@@ -655,6 +790,39 @@ def test_byol_swav_parts():
     assert torch.allclose(shadow["w"], torch.full((2,), 0.1))
 
 
+def test_simclr_lowers_its_loss_and_finds_the_other_view(picture):
+    """Eight images, thirty steps: NT-Xent falls by more than a tenth of ln(2N - 1) and retrieval rises."""
+    vit, cfg = tiny_vit(), sv.Config(model_image=32)
+    head = sv.make_projector(32, 16)
+    pictures = [streets.frame(0, k, 0, size=48)[0] for k in range(8)]
+    x = torch.stack([sv.simclr_views(im, cfg, run.generator(k))
+                     for k, im in enumerate(pictures)]).transpose(0, 1)
+    optim = torch.optim.AdamW([*vit.parameters(), *head.parameters()], 1e-3)
+    embed, rows = lambda v: head(vit(v)["cls"]), []
+    for step in range(30):
+        optim.zero_grad()
+        loss, z1, z2 = sv.simclr_step(embed, [x], cfg, (0, step))
+        optim.step()
+        rows.append((float(loss), selfsup.contrast_scores(z1, z2)["top1"]))
+    assert rows[-1][0] < rows[0][0] - 0.1 * math.log(15) and rows[-1][1] > rows[0][1]
+
+
+def test_accumulation_equals_one_large_batch(data, done, tmp_path, monkeypatch):
+    """Four micro-batches of 8 and one of 32: the same weights after a step of plain gradient descent."""
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, *a, **k: torch.optim.SGD(groups, 0.1))
+    samples = splits.Samples(splits.read_index(data)[:32], data)
+    ends = []
+    for batch in (32, 8):
+        cfg = dataclasses.replace(done[0], phase1_batch=batch, phase1_accumulate=32 // batch,
+                                  model_dropout=0.0,
+                                  model_init_from_explora=False, steps=1, phase1_warmup=0.0)
+        job = sv.Job((cfg, run.Ranks(0, 1, torch.device("cpu")), done[1], None, lambda *a, **k: None))
+        net = sv.prepare(cfg, done[1], job.ddp)
+        sv.fit_task(job, net, samples, samples, "basic", 1, tmp_path / str(batch))
+        ends.append(net.state_dict())
+    assert all(torch.allclose(ends[0][k], ends[1][k], atol=1e-6) for k in ends[0])
+
+
 @pytest.mark.parametrize("objective", ["byol", "swav", "byol_swav"])
 def test_other_objectives_train_a_backbone(data, done, tmp_path, objective):
     home = tmp_path / "run"
@@ -717,6 +885,14 @@ def test_every_operation_keeps_size_at_both_ends(picture):
     assert np.array_equal(x[:, 10:], np.asarray(picture)[:, :-10]) and not x[:, :10].any()
 
 
+def test_brightness_and_contrast_by_table_are_the_bytes_of_pillow(picture):
+    from PIL import ImageEnhance
+    for m in np.linspace(-0.99, 0.99, 31):
+        for name in ("Brightness", "Contrast"):
+            want = getattr(ImageEnhance, name)(picture).enhance(1 + m)
+            assert augment.apply_op(picture, name, m).tobytes() == want.tobytes(), (name, m)
+
+
 def test_training_pictures_are_a_function_of_the_seed(picture):
     for kind in ("basic", "strong", "rand"):
         cfg = sv.Config(model_image=32, data_perturb=0.5, data_erasing=0.5)
@@ -726,6 +902,37 @@ def test_training_pictures_are_a_function_of_the_seed(picture):
         v = sv.simclr_views(picture, cfg, run.generator(3))
         assert v.shape == (2, 3, 32, 32) and not torch.equal(v[0], v[1])
         assert torch.equal(v, sv.simclr_views(picture, cfg, run.generator(3)))
+
+
+def test_augmix_consistency_vanishes_for_equal_answers_and_trains(picture, data, done, tmp_path):
+    x = torch.randn(5, 2)
+    assert float(sv.jensen_shannon(torch.stack([x, x, x]))) == pytest.approx(0, abs=1e-6)
+    far = torch.tensor([[[50.0, 0]], [[0, 50.0]]])              # two certain, opposite answers: ln 2
+    assert float(sv.jensen_shannon(far)) == pytest.approx(math.log(2), abs=1e-4)
+    v = sv.consistent_pictures(picture, sv.Config(), run.generator(0), 48)
+    assert v.shape == (3, 3, 48, 48) and not torch.equal(v[0], v[1]) and not torch.equal(v[1], v[2])
+    home = tmp_path / "run"
+    (home / "source").mkdir(parents=True)
+    shutil.copy(done[1].source_weights, home / "source")
+    sv.train(config(home, data, phases="phase1", model_init_from_explora=False, phase1_js=12.0, steps=2,
+                    phase1_batch=8, data_multiscale=True))
+    assert np.isfinite(float(sv.Paths(str(home)).phase1_metrics.read_text().splitlines()[1].split(",")[2]))
+
+
+def test_multiscale_draws_one_side_a_step_in_whole_patches(data, done):
+    cfg = dataclasses.replace(done[0], data_multiscale=True)
+    train = splits.Samples(splits.read_index(data), data)
+    sides = {sv.batch_of(train, np.arange(2), cfg, 0, step, "basic")[0].shape[-1] for step in range(40)}
+    assert sides == {48, 56, 64, 72, 80}                        # 51.2, 57.6, .. to multiples of 8
+
+
+def test_strong_pictures_follow_their_settings(picture):
+    make = lambda **kw: sv.train_picture(picture, sv.Config(model_image=48, **kw), run.generator(5), "strong")
+    plain = make(data_trivial=False, data_augmix=False)
+    assert not torch.equal(make(), plain) and torch.equal(make(data_trivial_bins=31), make())
+    assert not torch.equal(make(data_trivial=False, data_augmix_severity=10), make(data_trivial=False))
+    cfg = sv.Config()
+    assert (cfg.data_trivial_bins, cfg.data_augmix_severity, cfg.data_augmix_width) == (31, 3, 3)
 
 
 def test_augmix_stays_between_its_ends_and_erasing_within_its_share(picture):
@@ -821,7 +1028,7 @@ def test_cvfm_starts_at_the_mean_and_trains_nothing_else():
     before = [p.clone() for p in net.parameters()]
     y = np.arange(40) % 2
     for mode in fusion.TRAINED:
-        module, rows = sv.train_fusion(mode, net, (f, None), (f, None), y, y, cfg)
+        module, rows = fusion.train_fusion(mode, net, (f, None), y, cfg, lambda *_: 0.0)
         assert len(rows) == 2 and all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
     module = fusion.TrainableCVFM(3, 8, 8, 4).eval()
     # rho = 0: the plain mean of features
@@ -973,6 +1180,52 @@ def test_pac_threshold_violates_rarely_and_the_naive_rule_often():
     assert broken / 400 <= 0.1 + 3 * math.sqrt(0.1 * 0.9 / 400) and naive / 400 > 0.25
 
 
+def test_guarantees_by_group_hold_where_those_by_frame_break():
+    """Four identical frames a group: 60 groups, not 240 samples.  By frame the risk target is broken, and the
+    PAC threshold far more often than delta; by group both are kept."""
+    rng = np.random.default_rng(7)
+    kw = dict(xi=0.8, alpha=0.05, delta=0.1, fnr_alpha=0.05)
+    grid_scores, _ = draw(rng, 1, 2000)
+    big_p, big_y = draw(rng, 1, 50_000)
+    sure, wrong = np.maximum(big_p[0], 1 - big_p[0]), (big_p[0] >= 0.5) != big_y[0]
+    ids = np.arange(240).astype(str)
+    result = {}
+    for unit in ("group", "frame"):
+        miss, taken, broken, said_none, reps = [], [], 0, [], 400
+        for _ in range(reps):
+            p, y = (np.repeat(a[0], 4) for a in draw(rng, 1, 60))
+            conf = dict(label=y, group=np.repeat(np.arange(60), 4), id=rng.permutation(ids))
+            c = conformal.guarantees(conf, p, grid_scores[0], 0.5, unit=unit, **kw)
+            pt, yt = (a[0] for a in draw(rng, 1, 40))
+            s = c["selection"]
+            ok = conformal.accepts(pt, rng.random(40), s["lambda1"], s["lambda1_tie"])
+            miss.append((~conformal.label_set(pt, c["risk"]["lambda2"])[np.arange(40), yt])[ok].sum())
+            taken.append(ok.sum())
+            t = c["pac"]["threshold"]
+            broken += t is not None and wrong[sure >= t].mean() > 0.05
+            said_none.append(np.mean(pt[yt == 1] < (-1 if c["fnr"]["t_lo"] is None else c["fnr"]["t_lo"])))
+        risk = np.sum(miss) / np.sum(taken)
+        error = np.std(np.array(miss) - risk * np.array(taken)) / math.sqrt(reps) / np.mean(taken)
+        result[unit] = (risk, error, broken / reps, np.mean(said_none), np.std(said_none) / math.sqrt(reps))
+        assert c["selection"]["n"] == (60 if unit == "group" else 240)
+    risk, error, broken, none, none_error = result["group"]
+    assert risk <= 0.05 + 3 * error and broken <= 0.1 + 3 * math.sqrt(0.09 / 400)
+    assert none <= 0.05 + 3 * none_error
+    assert result["frame"][2] > 0.1 + 3 * math.sqrt(0.09 / 400)             # the control has power
+    assert result["frame"][0] > result["group"][0]
+
+
+def test_false_negatives_by_group_average_their_frames():
+    p, g = np.array([0.1, 0.2, 0.3, 0.9, 0.8, 0.7]), np.array([0, 0, 0, 1, 2, 2])
+    # three groups, alpha 0.5: 0.5 (3 + 1) - 1 = 1 group may lie below; the first three frames are one group
+    assert conformal.fnr_threshold(p, 0.5, g)["t_lo"] == 0.7 and conformal.fnr_threshold(p, 0.5,
+                                                                                         g)["n_pos"] == 3
+    assert conformal.fnr_threshold(p, 0.5)["t_lo"] == 0.3
+    assert conformal.fnr_threshold(np.array([]), 0.5)["t_lo"] is None
+    one = conformal.one_per_group(g, np.arange(6))
+    assert g[one].tolist() == [0, 1, 2] and np.array_equal(one, conformal.one_per_group(g, np.arange(6)))
+
+
 def test_false_negatives_stay_below_alpha_exactly():
     rng = np.random.default_rng(4)
     rate = []
@@ -1105,6 +1358,43 @@ def test_a_wrong_compile_stance_is_replaced_and_failure_runs_eagerly(monkeypatch
         assert pipeline.maybe_compile(net, torch.zeros(1, 2), True, stance="performance") is net
     assert set_to == ["default"] and len(warned) == 2
     assert pipeline.maybe_compile(net, None, False) is net
+
+
+def test_compiling_follows_its_mode(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda s: seen.append(s))
+    monkeypatch.setattr(torch, "compile", lambda net, **kw: seen.append(kw) or net)
+    for mode in ("default", "max-autotune"):
+        pipeline.maybe_compile(torch.nn.Linear(2, 2), torch.zeros(1, 2), True, mode, "eager_on_recompile")
+    assert seen == ["eager_on_recompile", dict(mode="default", fullgraph=False, dynamic=None),
+                    "eager_on_recompile", dict(mode="max-autotune", fullgraph=True, dynamic=False)]
+
+
+def test_logistic_probe_is_the_regression_and_prefers_the_better_penalty():
+    rng = np.random.default_rng(0)
+    f = rng.normal(size=(600, 5)) * [1, 10, 0.1, 1, 1] + [0, 50, 0, 0, 3]
+    y = (rng.random(600) < expit(f[:, 0] - 0.2 * (f[:, 1] - 50))).astype(int)
+    linear = torch.nn.Linear(5, 2)
+    chosen = probe.fit_probe(linear, (f[:400], y[:400]), (f[400:], y[400:]))
+    with torch.no_grad():
+        prob = linear(torch.from_numpy(f).float()).softmax(1)[:, 1].numpy()
+    best = f[:, 0] - 0.2 * (f[:, 1] - 50) > 0                   # Bayes' answer; 400 noisy labels come near it
+    assert np.mean((prob > 0.5) == best) > 0.9
+    w, b = probe.logistic(f[:, :1], y, 1e-9)
+    z = f[:, 0] * w[0] + b                                      # at the optimum the slopes vanish
+    assert abs(np.mean((expit(z) - y) * f[:, 0])) < 1e-4 and abs(np.mean(expit(z) - y)) < 1e-4
+    assert 0 < chosen["threshold"] < 1
+
+
+def test_scores_on_shared_resamples_equal_those_one_at_a_time():
+    p, y = toy(120)
+    q, g = p ** 2, np.arange(120) // 3
+    both = scorecard.Resampled({"p": (p, 0.5), "q": (q, 0.4), "again": (p, 0.5)}, y, g, 100, 1,
+                               {"d": [("p", "q")]})
+    assert both.score("p") == scorecard.score(p, y, 0.5, g, 100, 1) == both.score("again")
+    assert both.pair("d") == scorecard.paired((p, 0.5), (q, 0.4), y, g, 100, 1)
+    assert both.pair("d")["mcc"]["diff"] == pytest.approx(both.score("p")["metrics"]["mcc"]
+                                                          - both.score("q")["metrics"]["mcc"], abs=1e-9)
 
 
 def test_no_pickle_is_read_anywhere():

@@ -2,7 +2,6 @@
 scores."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +35,9 @@ def ablate(cfg, train, data, seeds=3):
                                  cfg.seed)["mcc"]
             result[str(seed)] = dict(d, n=len(z[0]["label"]), groups=len(set(z[0]["group"])))
         result["mean"] = _mean(stacked, n, cfg.seed)
-    old = json.loads(Path(cfg.out, "ablation.json").read_text()) if Path(cfg.out,
-                                                                         "ablation.json").is_file() else {}
-    bundle.write_json(Path(cfg.out, "ablation.json"), dict(old, **{cfg.what: result}))
+    path = Path(cfg.out, "ablation.json")
+    old = bundle.read_json(path) if path.is_file() else {}
+    bundle.write_json(path, dict(old, **{cfg.what: result}))
     return result
 
 

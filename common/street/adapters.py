@@ -32,8 +32,8 @@ class LowRank(nn.Linear):
         self.kind, self.rank, self.dropout = kind, rank, dropout
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         new = dict(device=self.weight.device, dtype=torch.float32)
-        self.A, self.B = nn.Parameter(torch.empty(rank, width,
-                                                  **new)), nn.Parameter(torch.zeros(out, rank, **new))
+        self.A = nn.Parameter(torch.empty(rank, width, **new))
+        self.B = nn.Parameter(torch.zeros(out, rank, **new))
         self.pissa = init == "pissa"
         if self.pissa:
             self._principal(svd_iterations)

@@ -6,12 +6,13 @@ TrivialAugmentWide arXiv 2103.10158, RandAugment 1909.13719, AugMix 1912.02781, 
 MixUp 1710.09412, CutMix 1905.04899.
 """
 
+import functools
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageOps, ImageStat
 
 OPS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color",
        "Contrast",
@@ -50,9 +51,15 @@ def apply_op(image, name, m, resample=Image.NEAREST):
         return affine(1, 0, 0, 0, 1, -int(m))
     if name == "Rotate":
         return image.rotate(m, resample)
-    if name in ("Brightness", "Color", "Contrast", "Sharpness"):
+    if name in ("Brightness", "Contrast"):
+        grey = int(ImageStat.Stat(image.convert("L")).mean[0] + 0.5) if name == "Contrast" else 0
+        return image.point(blend_table(grey, 1 + m))
+    if name in ("Color", "Sharpness"):
         return getattr(ImageEnhance, name)(image).enhance(1 + m)
     if name == "Posterize":
+        # no bits left: Pillow refuses, the image is black
+        if int(m) == 0:
+            return Image.new("RGB", image.size)
         return ImageOps.posterize(image, int(m))
     if name == "Solarize":
         return ImageOps.solarize(image, 255 * m)
@@ -60,6 +67,7 @@ def apply_op(image, name, m, resample=Image.NEAREST):
             "Invert": ImageOps.invert}[name](image)
 
 
+@functools.lru_cache(64)
 def magnitudes(name, bins, shear, translate, rotate, enhance, bits, posterize_from=8):
     """The `bins` magnitudes of an operation, weakest first, float32 as torchvision's; None where it has
     none."""
@@ -71,6 +79,13 @@ def magnitudes(name, bins, shear, translate, rotate, enhance, bits, posterize_fr
         return torch.linspace(1.0, 0.0, bins)
     top = {"Shear": shear, "Trans": translate, "Rotat": rotate}.get(name[:5], enhance)
     return torch.linspace(0.0, top, bins)
+
+
+def blend_table(grey, factor):
+    """Pillow's blend of every byte with one grey, as a table for three channels: ImageEnhance's Brightness
+    (black) and Contrast (the mean) without a grey image; the same bytes, for it is Pillow that blends."""
+    ramp = Image.frombytes("L", (256, 1), bytes(range(256)))
+    return 3 * list(Image.blend(Image.new("L", (256, 1), grey), ramp, factor).tobytes())
 
 
 def _signed(g, name, m):

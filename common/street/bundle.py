@@ -82,8 +82,8 @@ def write_manifest(folder, phase, *, config_hash, seed, commit, inputs, outputs,
     now = time.time()
     stamp = "%Y-%m-%dT%H:%M:%SZ"
     write_json(Path(folder, "manifest.json"), dict(
-        schema="streetvision/manifest@1", phase=phase, run_id=time.strftime("%Y%m%dT%H%M%S",
-                                                                            time.gmtime(started)),
+        schema="streetvision/manifest@1", phase=phase,
+        run_id=time.strftime("%Y%m%dT%H%M%S", time.gmtime(started)),
         git_sha=commit or "unknown", config_hash=config_hash, seed=seed,
         inputs={k: facts(p) for k, p in inputs.items()}, outputs={k: facts(p) for k, p in outputs.items()},
         metrics=metrics, splits={g["split"]: g["purpose"] for g in grants}, grants=grants,

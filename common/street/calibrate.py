@@ -172,8 +172,8 @@ def out_of_fold(method, prob, label, group=None):
     for k in np.unique(fold):
         rest = fold != k
         rest = rest if len(set(label[rest])) == 2 else np.ones_like(rest)
-        out[~(fold != k)] = CALIBRATORS[method]().fit(prob[rest], label[rest],
-                                                      None if group is None else group[rest])(prob[fold == k])
+        own = None if group is None else group[rest]
+        out[fold == k] = CALIBRATORS[method]().fit(prob[rest], label[rest], own)(prob[fold == k])
     return out
 
 

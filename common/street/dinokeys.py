@@ -37,8 +37,8 @@ def read(path):
 
 def check(state, own, path):
     """UserError that lists every missing or unexpected tensor and every wrong shape."""
-    faults = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}"
-                                                                for k in state if k not in own]
+    faults = [f"missing {k}" for k in own if k not in state]
+    faults += [f"unexpected {k}" for k in state if k not in own]
     faults += [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in own
                if k in state and state[k].shape != own[k].shape]
     if faults:

@@ -18,9 +18,8 @@ def _sorted_counts(prob, label):
 def roc_curve(prob, label, points=None):
     """points: {name: (fpr, tpr)} operating points."""
     tp, fp = _sorted_counts(prob, label)
-    series = {f"AUC {roc_auc(prob, label):.3f}": (np.r_[0, fp / max(fp[-1], 1)],
-                                                  np.r_[0, tp / max(tp[-1], 1)]),
-              "chance": ([0, 1], [0, 1])}
+    rates = fp / max(fp[-1], 1), tp / max(tp[-1], 1)
+    series = {f"AUC {roc_auc(prob, label):.3f}": tuple(np.r_[0, r] for r in rates), "chance": ([0, 1], [0, 1])}
     series |= {name: ([x], [y]) for name, (x, y) in (points or {}).items()}
     return draw.lines(series, title="ROC", xlabel="false positive rate", ylabel="true positive rate",
                       size=(560, 520))

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
-ORANGE, WHITE, RED, BLACK, YELLOW = (245, 120, 25), (240, 240,
-                                                     235), (200, 35, 35), (25, 25, 25), (235, 200, 40)
+ORANGE, WHITE, RED = (245, 120, 25), (240, 240, 235), (200, 35, 35)
+BLACK, YELLOW = (25, 25, 25), (235, 200, 40)
 POSITIVE = ("cone", "barrel", "barrier", "worksign")
 NEGATIVE = ("car", "van", "awning", "tree", "yellowsign", "stop")
 CITIES = ("north", "river", "hill", "port", "mill")

@@ -134,6 +134,38 @@ def test_crop_and_blur_equal_torchvision(v2):
     assert np.abs(np.asarray(augment.gaussian_blur(image, 5, 1.2)).astype(int) - want).max() <= 1
 
 
+def test_colour_jitter_equals_torchvision_pixel_by_pixel(v2):
+    for seed in range(40):
+        image = streets.frame(0, seed % 7, 0, size=48)[0]
+        torch.manual_seed(seed)
+        want = np.asarray(v2.ColorJitter(0.4, 0.4, 0.4, 0.1)(image))
+        got = augment.color_jitter(image, torch.Generator().manual_seed(seed), 0.4, 0.4, 0.4, 0.1)
+        assert np.array_equal(np.asarray(got), want), seed
+
+
+def test_erasing_and_batch_mixing_equal_torchvision(v2):
+    x, label = torch.rand(4, 3, 24, 32), torch.arange(4)
+    for seed in range(60):
+        g = lambda: torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
+        assert torch.equal(augment.random_erasing(x[0], g(), 0.5), v2.RandomErasing(0.5)(x[0])), seed
+        for theirs, ours in ((v2.MixUp(alpha=0.2, num_classes=4),
+                              lambda: augment.mixup(x, torch.eye(4), g())),
+                             (v2.CutMix(alpha=1.0, num_classes=4),
+                              lambda: augment.cutmix(x, torch.eye(4), g()))):
+            torch.manual_seed(seed)
+            want, mine = theirs(x, label), ours()
+            assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(mine, want)), (theirs, seed)
+
+
+def test_focal_loss_equals_torchvision_on_the_margin(v2):
+    from torchvision.ops import sigmoid_focal_loss
+    torch.manual_seed(0)
+    logits, y = torch.randn(50, 2), torch.randint(0, 2, (50,))
+    want = sigmoid_focal_loss(logits[:, 1] - logits[:, 0], y.float(), 0.25, 2.0, "mean")
+    assert torch.allclose(sv.focal_loss(logits, y, 0.25, 2.0), want, atol=1e-6)
+
+
 def test_preprocessing_equals_the_released_processor(v2):
     hf = pytest.importorskip("transformers")
     image = streets.frame(0, 1, 0, size=150)[0].resize((150, 100))
@@ -180,3 +212,16 @@ def test_scores_equal_scikit_learn_under_bootstrap_weights():
                 nll=m.log_loss(y, p))
     for name, value in want.items():
         assert got[name] == pytest.approx(value, abs=1e-8), name
+
+
+def test_scores_equal_torchmetrics():
+    tm = pytest.importorskip("torchmetrics.classification")
+    p, y = toy(300, 3)
+    got = scorecard.score(p, y, 0.5, np.arange(300), 0, 0)["metrics"]
+    prob, label = torch.from_numpy(p), torch.from_numpy(y)
+    peers = dict(ece=tm.BinaryCalibrationError(n_bins=15, norm="l1"),
+                 mce=tm.BinaryCalibrationError(15, norm="max"),
+                 mcc=tm.BinaryMatthewsCorrCoef(), f1=tm.BinaryF1Score(), roc_auc=tm.BinaryAUROC(),
+                 average_precision=tm.BinaryAveragePrecision())
+    for name, peer in peers.items():
+        assert got[name] == pytest.approx(float(peer(prob, label)), abs=1e-6), name    # they sum in float32
