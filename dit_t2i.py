@@ -672,10 +672,10 @@ def learning_rate(cfg, step, steps, peak):
     return peak * min(1, step / cfg.warmup) * (0.01 + 0.99 * math.sin(math.pi / 2 * min(1, rest)) ** 2)
 
 
-def parallel(net, cfg, ddp):
-    """compile, then DDP over ranks; FSDP2 has already sharded the module in place."""
+def parallel(net, cfg, ddp, sharded=False):
+    """compile, then DDP over ranks; sharded: FSDP2 has already split the module in place."""
     net = torch.compile(net, dynamic=False) if cfg.compile else net
-    return nn.parallel.DistributedDataParallel(net) if ddp.world > 1 and not cfg.fsdp else net
+    return nn.parallel.DistributedDataParallel(net) if ddp.world > 1 and not sharded else net
 
 
 def train_vae(cfg, ddp, log, buckets):
@@ -752,7 +752,7 @@ def train(cfg):
     if cfg.fsdp:
         state, ranked = {}, dict(shard=shards.Sharded(net, ema, optim))
     start = run.load(cfg.out, state, ddp, ranked)
-    model = parallel(net, cfg, ddp)
+    model = parallel(net, cfg, ddp, cfg.fsdp)
     judged = not (cfg.data or cfg.fsdp) and ddp.rank == 0
     total, clock = 0.0, time.time()
     for step in run.progress(start, steps, ddp):
