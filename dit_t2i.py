@@ -86,7 +86,7 @@ class Config:
     zero_snr: bool = opt(False, "VP schedules: no signal at the last step; needs --prediction v or x0")
     t_mean: float = opt(0.8, "logit-normal noise level: mean; high noise decides layout")
     t_std: float = opt(0.8, "its standard deviation")
-    train_steps: int = opt(11_000, "optimizer steps of the transformer")
+    train_steps: int = opt(7000, "optimizer steps of the transformer")
     batch: int = opt(64, "pictures a step, all ranks together")
     lr: float = opt(1.5e-3, "peak learning rate")
     warmup: int = opt(200, "steps of linear warm-up")
@@ -672,10 +672,10 @@ def learning_rate(cfg, step, steps, peak):
     return peak * min(1, step / cfg.warmup) * (0.01 + 0.99 * math.sin(math.pi / 2 * min(1, rest)) ** 2)
 
 
-def parallel(net, cfg, ddp):
-    """compile, then DDP over ranks; FSDP2 has already sharded the module in place."""
+def parallel(net, cfg, ddp, sharded=False):
+    """compile, then DDP over ranks; sharded: FSDP2 has already split the module in place."""
     net = torch.compile(net, dynamic=False) if cfg.compile else net
-    return nn.parallel.DistributedDataParallel(net) if ddp.world > 1 and not cfg.fsdp else net
+    return nn.parallel.DistributedDataParallel(net) if ddp.world > 1 and not sharded else net
 
 
 def train_vae(cfg, ddp, log, buckets):
@@ -752,7 +752,7 @@ def train(cfg):
     if cfg.fsdp:
         state, ranked = {}, dict(shard=shards.Sharded(net, ema, optim))
     start = run.load(cfg.out, state, ddp, ranked)
-    model = parallel(net, cfg, ddp)
+    model = parallel(net, cfg, ddp, cfg.fsdp)
     judged = not (cfg.data or cfg.fsdp) and ddp.rank == 0
     total, clock = 0.0, time.time()
     for step in run.progress(start, steps, ddp):
@@ -972,12 +972,12 @@ def choose_scale(cfg, model, log):
 
 
 def sample(cfg):
-    """Prompts to PNG files that carry their recipe; --init and --mask edit a picture."""
+    """Prompts to PNG files that carry their recipe; --init and --mask edit a picture. -> list of pixels"""
     cfg = studio.repeat(cfg) if cfg.recipe else cfg
     if cfg.guidance not in GUIDANCE:
         raise run.UserError(run.unknown("guidance", cfg.guidance, GUIDANCE))
     device = run.init(cfg.device).device
-    studio.sample(cfg, load_model(cfg, device), generate, device)
+    return studio.sample(cfg, load_model(cfg, device), generate, device)
 
 
 def evaluate(cfg, count=1000):
@@ -1063,8 +1063,15 @@ def shapes(cfg):
     studio.shapes(cfg, CaptionedDiT(cfg, 22, cfg.latent), TinyVAE(cfg.vae_width, cfg.latent))
 
 
+def demo(cfg):
+    """All of it on the scenes: train, evaluate, sample, image to image, inpaint, repeat a picture."""
+    train(cfg)
+    evaluate(cfg)
+    studio.demo(cfg, sample)
+
+
 COMMANDS = dict(
-    train=train, sample=sample, evaluate=evaluate, plan=plan, overfit=overfit, shapes=shapes,
+    train=train, sample=sample, evaluate=evaluate, plan=plan, overfit=overfit, shapes=shapes, demo=demo,
     inspect=studio.inspect,
     noise_strip=functools.partial(studio.noise_strip, alpha_bar=alpha_bar, shift=shift),
     quantise=functools.partial(studio.quantise, DiT=DiT, positions=sincos_2d))

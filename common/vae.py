@@ -24,6 +24,11 @@ from common.run import UserError
 
 # --- network -----------------------------------------------------------
 
+def silu(x):
+    """SiLU of a tensor nobody else holds: in place where no gradient is wanted, a full-size copy less."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 class Resnet(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), the skip through a 1x1 convolution when the width
     changes."""
@@ -35,9 +40,10 @@ class Resnet(nn.Module):
         self.conv_shortcut = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else None
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv2(silu(self.norm2(h)))
+        h += x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return h
 
 
 class Attention(nn.Module):
@@ -113,7 +119,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(silu(self.conv_norm_out(self.mid_block(x))))
 
 
 class Decoder(nn.Module):
@@ -132,7 +138,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for level in self.up_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(silu(self.conv_norm_out(x)))
 
 
 class AutoencoderKL(nn.Module):

@@ -1,8 +1,9 @@
-"""One SD3 pipeline, two programs: wall time and peak memory of dit_t2i.py against diffusers, same weights and noise.
+"""SD3 pipelines, two programs: wall time and peak memory of dit_t2i.py against diffusers, same weights and noise.
 
     python -m eval.bench_t2i --json out.json [--rounds 3] [--small]
 
-Random weights in the public folder layout, written once. Each round runs either side in a process of its own, in
+Two cases: without T5 (its tokens are zeros; ours attends to one of them, weighted) and with a small T5. Random
+weights in the public folder layout, written once. Each round runs either side in a process of its own, in
 alternating order: load, make one picture to warm up, then time one. Ratios are medians over rounds of
 (theirs / ours); memory is the peak resident set of the process, imports and all, and what lies above the imports.
 The pictures must agree (PSNR above 50 dB). Needs the parity environment.
@@ -30,8 +31,22 @@ def quiet_torchvision():
         (lambda f: f) if str(name).startswith("torchvision::") else register(name, *args, **kw))
 
 
-def write_pipeline(folder, small):
-    """A StableDiffusion3Pipeline with random weights and without T5 (both sides then use zeros)."""
+def small_t5(folder):
+    """A T5 encoder with random weights, and a unigram tokenizer learnt from this repository's text."""
+    import sentencepiece
+    import transformers
+
+    Path(folder).mkdir(parents=True)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(Path(__file__).parents[1] / "dit_t2i.py"), model_prefix=str(Path(folder, "spiece")), vocab_size=900,
+        model_type="unigram", normalization_rule_name="nmt_nfkc", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    return transformers.T5EncoderModel(transformers.T5Config(
+        vocab_size=1200, d_model=256, d_kv=32, d_ff=512, num_layers=4, num_heads=8, feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False)), transformers.T5Tokenizer.from_pretrained(folder)
+
+
+def write_pipeline(folder, small, with_t5=False):
+    """A StableDiffusion3Pipeline with random weights, with or without T5 (both sides then use zeros)."""
     quiet_torchvision()
     import diffusers
     import transformers
@@ -48,6 +63,7 @@ def write_pipeline(folder, small):
     text = [transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(
         vocab_size=len(words), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=4,
         num_attention_heads=4, projection_dim=width, eos_token_id=len(words) - 1)) for width in (64, 128)]
+    t5 = small_t5(Path(folder, "words5")) if with_t5 else (None, None)
     depth, heads, widths = (2, 2, (16, 32, 32, 32)) if small else (8, 6, (32, 64, 128, 128))
     net = diffusers.SD3Transformer2DModel(
         sample_size=32, in_channels=4, out_channels=4, num_layers=depth, attention_head_dim=64,
@@ -59,8 +75,8 @@ def write_pipeline(folder, small):
         use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609)
     diffusers.StableDiffusion3Pipeline(
         transformer=net, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae,
-        text_encoder=text[0], text_encoder_2=text[1], text_encoder_3=None, tokenizer=tokenizer,
-        tokenizer_2=tokenizer, tokenizer_3=None).save_pretrained(folder)
+        text_encoder=text[0], text_encoder_2=text[1], text_encoder_3=t5[0], tokenizer=tokenizer,
+        tokenizer_2=tokenizer, tokenizer_3=t5[1]).save_pretrained(folder)
 
 
 def ours(folder, size):
@@ -78,7 +94,9 @@ def theirs(folder, size):
 
     import dit_t2i as t2i
     after_import = resident_mb()
-    absent = dict(text_encoder_3=None, tokenizer_3=None, feature_extractor=None, image_encoder=None)
+    absent = dict(feature_extractor=None, image_encoder=None)
+    if not Path(folder, "text_encoder_3").is_dir():
+        absent |= dict(text_encoder_3=None, tokenizer_3=None)
     pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, local_files_only=True, **absent)
     pipe.set_progress_bar_config(disable=True)
     noise = t2i.start_noise(0, (1, 4, size // 8, size // 8))
@@ -112,11 +130,11 @@ def child(side, folder, size, out):
     np.savez(out, picture=picture, facts=json.dumps(facts))
 
 
-def measure(rounds, small):
+def measure(rounds, small, with_t5):
     size, runs = 128 if small else 256, dict(ours=[], theirs=[])
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work, "model")
-        write_pipeline(folder, small)
+        write_pipeline(folder, small, with_t5)
         pictures = {}
         for k in range(rounds):
             for side in ("ours", "theirs")[::1 if k % 2 else -1]:
@@ -134,7 +152,8 @@ def measure(rounds, small):
                       ("above_import_mb", "peak memory above the imports, MB")):
         a, b = ([r[key] for r in runs[side]] for side in ("ours", "theirs"))
         ratio = statistics.median(y / x for x, y in zip(a, b))
-        cases[key] = dict(what=f"SD3 pipeline, {size} px, {STEPS} steps: {what}", ratio=ratio, goal=1.0,
+        name = f"{key}_t5" if with_t5 else key
+        cases[name] = dict(what=f"SD3 pipeline with{'' if with_t5 else 'out'} T5, {size} px, {STEPS} steps: {what}", ratio=ratio, goal=1.0,
                           met=ratio >= 1.0, agree=psnr > 50, psnr_db=psnr, ours=statistics.median(a),
                           theirs=statistics.median(b), rounds=rounds)
     return cases
@@ -152,7 +171,7 @@ def main():
     if flags.child:
         return child(flags.child, flags.folder, flags.size, flags.json)
     try:
-        cases = measure(flags.rounds, flags.small)
+        cases = measure(flags.rounds, flags.small, False) | measure(flags.rounds, flags.small, True)
     except ImportError as error:
         cases = {"sd3_pipeline": dict(skipped=f"not installed: {error.name}")}
     Path(flags.json).write_text(json.dumps(dict(cases=cases), indent=1))

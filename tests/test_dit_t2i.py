@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import json
 import math
+import os
+import socket
 import struct
 import subprocess
 import sys
@@ -20,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 import dit_t2i as t2i
 from common import run
-from common.t2i import captions, clip, memory, mmdit, pictures, public, safety, scenes, t5, weights
+from common.t2i import (captions, clip, flux, memory, mmdit, pictures, prompts, public, safety, scenes, studio, t5,
+                        textcache, weights)
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
@@ -554,6 +557,29 @@ def test_quantised_models_are_small_and_close(tmp_path):
     assert (stored - tiny_weights.weight).norm() / tiny_weights.weight.norm() < 0.03
 
 
+@pytest.mark.parametrize("name, make, params", [
+    ("DiT-XL/2", lambda: t2i.DiT(4, 8, 2, 1152, 28, 16, arch="label", classes=1000), 674_834_720),
+    ("SD3-medium", mmdit.MMDiT, 2_028_328_000),
+    ("SD3.5-medium", lambda: mmdit.MMDiT(table=384, qk_norm=True, dual=tuple(range(13))), 2_243_171_520),
+    ("FLUX.1-dev", flux.Flux, 11_901_408_320), ("CLIP-L", clip.CLIPTextEncoder, 123_060_480),
+    ("T5 XXL", t5.T5Encoder, 4_762_310_656), ("own", lambda: t2i.CaptionedDiT(t2i.Config(), 22, 4), 2_138_128)])
+def test_int8_takes_less_than_three_tenths_at_real_size(name, make, params):
+    with torch.device("meta"):                               # sizes without memory
+        net = make()
+        full = memory.size_bytes(net)
+        assert sum(p.numel() for p in net.parameters()) == params
+        assert memory.size_bytes(memory.quantise(net, "int8", skip=memory.KEEP)) < 0.3 * full
+
+
+def test_an_embedding_in_8_bits_looks_up_the_same_rows_of_a_table_in_8_bits():
+    table = torch.nn.Embedding(300, 64)
+    ids = torch.tensor([[0, 299], [7, 7]])
+    for kind, bound in (("int8", 6e-3), ("fp8", 3e-2)):      # as for linear layers of Gaussian weights
+        small = memory.QEmbedding.of(table, kind)
+        assert torch.equal(small(ids), memory.unpack(small.q, small.scale, torch.float32)[ids])
+        assert (small(ids) - table(ids)).norm() / table(ids).norm() < bound
+
+
 def test_offload_changes_memory_not_results():
     net = wide_net()
     x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([300.0]), torch.randn(1, 5, 256)
@@ -574,6 +600,66 @@ def test_offload_changes_memory_not_results():
         with memory.placed(net, "cpu", "block", ledger, net.blocks):
             1 / 0
     assert ledger.now == 0
+
+
+# --- prompts ---------------------------------------------------------------
+
+
+def test_weights_in_prompts_and_brackets_that_are_none():
+    cut = prompts.segments
+    assert cut("a (red:1.3) door") == [("a ", 1.0), ("red", 1.3), (" door", 1.0)]
+    assert cut("(x:.5)(y: 2 )") == [("x", 0.5), ("y", 2.0)]
+    for plain in ("def f(self, x):", "a (small) cat", "", "(: )"):
+        assert cut(plain) == [(plain, 1.0)]
+    assert cut(r"at \(12:30\)") == [("at (12:30)", 1.0)]
+
+
+def test_windows_keep_every_token_and_whole_words(clip_folder):
+    tokenizer = t2i.CLIPTokenizer(clip_folder)
+    text = "a photo of (the cat:1.2) and the thing " * 12
+    rows = prompts.windows(text, tokenizer)
+    tokens = [i for part, _ in prompts.segments(text) for i in tokenizer.tokens(part)]
+    assert [i for row in rows for i, _ in row] == tokens and len(rows) > 1
+    assert all(len(row) <= 75 and tokenizer.ends_word(row[-1][0]) for row in rows)
+    assert prompts.windows("", tokenizer) == [[]]
+    ids, weights_ = prompts.to_ids(rows, tokenizer.start, tokenizer.end, tokenizer.pad, 77)
+    assert (ids[:, 0] == tokenizer.start).all() and set(weights_.unique().tolist()) == {1.0, float(np.float32(1.2))}
+    hidden, empty = torch.randn(len(rows), 77, 4), torch.randn(77, 4)
+    got = prompts.weigh(hidden, weights_, empty)
+    assert torch.equal(got[weights_ == 1], hidden[weights_ == 1])
+    torch.testing.assert_close((got - empty)[weights_ != 1], 1.2 * (hidden - empty)[weights_ != 1])
+
+
+def test_one_counted_token_equals_many_equal_ones():
+    """SD3 without T5: its 256 zero tokens have no position, so one that counts 256 times gives the same."""
+    torch.manual_seed(0)
+    for options in ({}, dict(qk_norm=True, dual=(0,))):
+        net = randomised(mmdit.MMDiT(4, 2, 3, 64, 2, 24, 16, table=8, **options), 0.2)
+        x, t, text, pooled = torch.randn(2, 4, 8, 8), torch.tensor([900.0, 30.0]), torch.randn(2, 5, 24), torch.randn(2, 16)
+        many = torch.cat([text, torch.zeros(2, 256, 24)], 1)
+        one = torch.cat([text, torch.zeros(2, 1, 24)], 1)
+        want = net(x, t, many, pooled)
+        torch.testing.assert_close(net(x, t, one, pooled, last_counts=torch.full((2,), 256)), want, rtol=1e-4, atol=1e-5)
+        assert (net(x, t, one, pooled) - want).abs().max() > 1e-3
+
+
+def test_the_text_cache_reads_back_what_it_wrote(tmp_path):
+    calls = []
+
+    def encode(texts):
+        calls.append(len(texts))
+        mask = torch.arange(6)[None] < torch.tensor([[len(t)] for t in texts])
+        return dict(text=torch.randn(len(texts), 6, 3) * mask[..., None], mask=mask)
+    cache = textcache.TextCache(tmp_path, "a", encode, batch=2)
+    first = cache(["ab", "abcd", "ab", "abc"])
+    assert calls == [2, 1] and torch.equal(first["text"][0], first["text"][2]) and first["text"].shape == (4, 6, 3)
+    again = cache(["abc", "ab"])
+    assert calls == [2, 1] and torch.equal(again["text"][0], first["text"][3]) and torch.equal(again["mask"][1], first["mask"][0])
+    damaged = cache.path("ab", None)
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    cache(["ab"])
+    textcache.TextCache(tmp_path, "b", encode)(["ab"])
+    assert calls == [2, 1, 1, 1]                             # made again; another encoder has its own
 
 
 # --- safety --------------------------------------------------------------
@@ -875,6 +961,134 @@ def test_user_mistakes_are_one_line_and_exit_2(trained, tmp_path):
     assert lines[1::2] == ["exit 2"] * len(cases), done.stderr
     for line, (_, words) in zip(lines[::2], cases):
         assert line.startswith("dit_t2i.py: error: ") and words in line
+
+
+@pytest.fixture(scope="module")
+def captioned_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("captioned")
+    for k in range(8):
+        Image.fromarray(scenes.draw(scenes.captions()[k * 50], k, 32)).save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text("the cat sat at the hat" if k % 2 else "cat")
+    return folder
+
+
+def test_training_reads_captions_through_a_frozen_public_encoder_once(tmp_path, trained, captioned_folder, t5_folder):
+    tower = tmp_path / "tower"
+    (tower / "text_encoder").mkdir(parents=True)
+    (tower / "tokenizer").mkdir()
+    (tower / "tokenizer" / "spiece.model").write_bytes((t5_folder / "spiece.model").read_bytes())
+    net = randomised(t5.T5Encoder(32, 2, 16, 48, 2, 200), 0.3)
+    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tower / "text_encoder" / "model.safetensors")
+    cfg = dataclasses.replace(trained, data=str(captioned_folder), out=str(tmp_path / "o"), vae_steps=2, train_steps=3,
+                              text_model=str(tower), text_len=16)
+    with pytest.MonkeyPatch.context() as patch:
+        count = []
+        forward = t5.T5Encoder.forward
+        patch.setattr(t5.T5Encoder, "forward", lambda self, ids, mask=None: (count.append(len(ids)), forward(self, ids, mask))[1])
+        t2i.train(cfg)
+        assert sum(count) == 3                               # two captions and the empty one
+    assert len(list((tmp_path / "o/texts").rglob("*.safetensors"))) == 3
+    model = t2i.load_model(cfg, torch.device("cpu"))
+    assert not any(n.startswith("text.") for n, _ in model.model.named_parameters())
+    made = make(model, cfg, ("the cat", "hat"), (0, 1))
+    assert made.shape == (2, 32, 32, 3) and not np.array_equal(made[0], made[1])
+    with pytest.raises(run.UserError, match="expected text_encoder/"):
+        textcache.PublicText(trained.out + "/vae.safetensors", 16, "cpu")
+
+
+def test_the_demo_keeps_its_promises(trained, tmp_path, capsys):
+    studio.demo(dataclasses.replace(trained, steps=2), t2i.sample)
+    assert "kept every byte" in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(run.UserError, match="outside the mask"):
+        patch.setattr(pictures, "composite", lambda made, *_: made)
+        studio.demo(dataclasses.replace(trained, steps=2), t2i.sample)
+
+
+def test_a_crop_is_repainted_at_full_size_and_pasted_back(model, trained, tmp_path):
+    whole = np.random.default_rng(0).integers(0, 255, (70, 90, 3)).astype(np.uint8)
+    mask = np.zeros((70, 90), bool)
+    mask[20:31, 60:85] = True
+    Image.fromarray(whole).save(tmp_path / "whole.png")
+    Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / "mask.png")
+    left, top, right, bottom = pictures.region(mask, 5, 1.0)
+    assert right - left == bottom - top == 35 and left <= 60 - 5 and right >= 85 and top <= 15 and bottom >= 36
+    assert pictures.region(mask, 500, 2.0) == (0, 0, 90, 70)
+    cfg = dataclasses.replace(trained, init=str(tmp_path / "whole.png"), mask=str(tmp_path / "mask.png"), crop=5,
+                              strength=1.0, out=str(tmp_path / "o"), model=trained.out, prompt=PROMPT)
+    made, = t2i.sample(cfg)
+    assert made.shape == whole.shape and np.array_equal(made[~mask], whole[~mask])
+    assert not np.array_equal(made[mask], whole[mask])
+    with pytest.raises(run.UserError, match="--crop works around a mask"):
+        t2i.sample(dataclasses.replace(cfg, mask=""))
+
+
+def test_guidance_can_fall_and_blocks_can_be_skipped(model, trained):
+    calls = []
+    forward = model.net.forward
+
+    def spy(x, t, skip=(), **cond):
+        calls.append((len(x), tuple(skip)))
+        return forward(x, t, skip=skip, **cond)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.net, "forward", spy)
+        base = dataclasses.replace(trained, steps=10, cfg=4.0, skip_layers=(1.0,), sampler="euler")
+        make(model, base)
+        assert calls == [(2, ()), (2, ()), (1, (1,)), *[(2, ())] * 8]        # step 1 lies in (0.1, 2) of 10
+    scales = []
+    real = t2i.guide
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t2i, "guide", lambda c, u, w, *a, **k: (scales.append(w), real(c, u, w, *a, **k))[1])
+        make(model, dataclasses.replace(trained, steps=5, cfg=4.0, cfg_end=2.0, sampler="euler"))
+    np.testing.assert_allclose(scales, [4.0, 3.5, 3.0, 2.5, 2.0])
+
+
+def test_the_noise_strip_has_the_variance_of_every_schedule(tmp_path):
+    from functools import partial
+    rows = partial(studio.noise_strip, alpha_bar=t2i.alpha_bar, shift=t2i.shift)(
+        dataclasses.replace(t2i.Config(), out=str(tmp_path)))
+    assert len(rows) == 5 * 8 and rows[0].shape == (96, 96, 3)
+    clean = scenes.draw("a large red circle left of a small blue square", 0, 96) / 127.5 - 1
+    for k, name in enumerate(("linear", "scaled_linear", "cosine")):
+        abar = t2i.alpha_bar(name).numpy()[np.linspace(0, 999, 8).round().astype(int)]
+        want = np.sqrt(abar * clean.var() + 1 - abar)
+        np.testing.assert_allclose([r.std() for r in rows[8 * k:8 * k + 8]], want, rtol=0.02)
+        assert (np.diff(np.log(abar / (1 - abar))) < 0).all()
+    with Image.open(tmp_path / "noise.png") as image:
+        assert image.width > 8 * 96 and image.height > 5 * 96
+
+
+def _fsdp_rank(rank, port, folder):
+    """A straight run, and one stopped in the transformer and continued, by two ranks that share parameters."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    base = t2i.Config(**{**t2i.PRESETS["smoke"]["set"], "preset": "smoke", "device": "cpu", "fsdp": True,
+                         "vae_steps": 4, "train_steps": 12, "save_every": 5, "out": folder + "/straight"})
+    t2i.train(base)
+    stopped, real = dataclasses.replace(base, out=folder + "/stopped"), run.save_if_due
+
+    class Stop(Exception):
+        pass
+
+    def stop_at(out, step, *args, **kw):
+        real(out, step, *args, **kw)
+        if step == 5 and "vae" not in str(out):
+            raise Stop
+    run.save_if_due = stop_at
+    with pytest.raises(Stop):
+        t2i.train(stopped)
+    run.save_if_due = real
+    t2i.train(stopped)
+    run.leave_together()
+
+
+def test_two_sharded_ranks_resume_bit_for_bit(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    torch.multiprocessing.spawn(_fsdp_rank, (port, str(tmp_path)), nprocs=2)
+    a, b = (load_file(tmp_path / name / "ema.safetensors") for name in ("straight", "stopped"))
+    assert len(a) > 50 and all(torch.equal(a[k], b[k]) for k in a)
+    t2i.load_model(t2i.Config(out=str(tmp_path / "straight")), torch.device("cpu"))      # whole tensors, no shards
 
 
 def test_every_preset_builds_and_plans(capsys):

@@ -95,10 +95,18 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.ln_q, self.ln_k = qk_norms(width, heads, qk_norm)
 
-    def project(self, x_BND):
-        B, N, D = x_BND.shape
-        q, k, v = self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+    def split(self, qkv_BNE):
+        q, k, v = qkv_BNE.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return self.ln_q(q), self.ln_k(k), v
+
+    def project(self, x_BND):
+        return self.split(self.qkv(x_BND))
+
+    def joined(self, other, theirs_BLE, ours_BNE):
+        """q, k, v of two attentions' fused projections, over the tokens of both. Without norms one copy does."""
+        if isinstance(self.ln_q, nn.Identity) and isinstance(other.ln_q, nn.Identity):
+            return self.split(torch.cat([theirs_BLE, ours_BNE], 1))
+        return (torch.cat(pair, 2) for pair in zip(other.split(theirs_BLE), self.split(ours_BNE)))
 
     def forward(self, x_BND, rope=None, mask=None):
         q, k, v = self.project(x_BND)
@@ -133,7 +141,9 @@ class MLP(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, out or width)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        h = self.fc1(x)                                      # in place where no gradient needs it: 4 % of the MLP
+        gelu = F.gelu if torch.is_grad_enabled() else torch.ops.aten.gelu_
+        return self.fc2(gelu(h, approximate="tanh"))
 
 
 def patches_to_image(y_BNP, rows, cols, patch):

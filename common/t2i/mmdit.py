@@ -46,7 +46,7 @@ class Stream(nn.Module):
         """-> q, k, v for the joint attention, and what `after` needs."""
         parts = self.adaLN_modulation(c).chunk(2 if self.pre_only else 9 if self.dual else 6, -1)
         normed = norm(x)
-        return self.attn.project(modulate(normed, parts[0], parts[1])), (parts, normed)
+        return self.attn.qkv(modulate(normed, parts[0], parts[1])), (parts, normed)
 
     def after(self, x, out, kept):
         parts, normed = kept
@@ -67,10 +67,10 @@ class JointBlock(nn.Module):
     def forward(self, x, text, c, counts=None):
         qkv_t, kept_t = self.context_block.before(text, c)
         qkv_x, kept_x = self.x_block.before(x, c)
-        q, k, v = (torch.cat(pair, 2) for pair in zip(qkv_t, qkv_x))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=counts).transpose(1, 2)
-        # two copies of a part each: a linear layer is slower on a slice than copy and product together
-        out_t, out_x = (o.flatten(2) for o in out.split([text.shape[1], x.shape[1]], 1))
+        q, k, v = self.x_block.attn.joined(self.context_block.attn, qkv_t, qkv_x)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=counts).transpose(1, 2).flatten(2)
+        # copied: a linear layer on a slice of a batch costs more than copy and product together
+        out_t, out_x = (o.contiguous() for o in out.split([text.shape[1], x.shape[1]], 1))
         if not self.context_block.pre_only:
             text = self.context_block.after(text, out_t, kept_t)
         return self.x_block.after(x, out_x, kept_x), text

@@ -107,6 +107,29 @@ def sample(cfg, model, generate, device):
     return made
 
 
+def demo(cfg, sample):
+    """Text to image, image to image, inpainting and a recipe on the model in OUT; UserError where a promise
+    does not hold. Pictures go to OUT/demo."""
+    caption, out = "a large red circle left of a small blue square", Path(cfg.out, "demo")
+
+    def run(name, **flags):
+        return sample(dataclasses.replace(cfg, model=cfg.out, out=str(out / name), **flags))
+    grid = run("text", prompt=caption, count=8)
+    first = out / "text" / "samples" / "0000.png"
+    run("image", prompt=caption.replace("red", "green"), init=str(first), strength=0.7)
+    mask = np.zeros(grid[0].shape, np.uint8)
+    mask[:, :mask.shape[1] // 2] = 255
+    draw.save(mask, out / "mask.png")
+    half, = run("inpaint", prompt=caption.replace("red circle", "yellow triangle"), init=str(first),
+                mask=str(out / "mask.png"), strength=1.0)
+    if not np.array_equal(half[mask == 0], grid[0][mask == 0]):
+        raise UserError("inpainting changed pixels outside the mask")
+    again, = run("again", recipe=str(first))
+    if np.abs(again.astype(int) - grid[0]).max() > 1:        # one grey level: another batch size rounds differently
+        raise UserError("a recipe did not repeat its picture")
+    print(f"demo: inpainting kept every byte outside its mask, the recipe repeated its picture; see {out}")
+
+
 def batches(cfg, model, jobs):
     """Job numbers in batches of --at-once; prompts of different length in windows never share one, so that a
     picture does not depend on its neighbours."""
@@ -168,6 +191,17 @@ def quantise(cfg, DiT, positions):
           f"weight error median {100 * float(np.median(errors)):.2f} %")
 
 
+def kernels(device):
+    """Which attention kernels this machine offers, one line."""
+    where = torch.device(device)
+    if where.type != "cuda":
+        return f"attention: scaled_dot_product_attention of torch {torch.__version__} on {where.type}"
+    cuda = torch.backends.cuda
+    names = dict(flash=cuda.flash_sdp_enabled(), memory_efficient=cuda.mem_efficient_sdp_enabled(),
+                 math=cuda.math_sdp_enabled())
+    return "attention on CUDA: " + ", ".join(n for n, on in names.items() if on) + "; flash wants bf16 or fp16, no mask"
+
+
 def trace(modules, forward):
     """Shapes that flow through named modules during forward(): prints a table -> [(name, class, in, out)]."""
     rows, handles = [], []
@@ -198,7 +232,9 @@ def shapes(cfg, net, vae):
     def forward():
         z, _ = vae.encode(torch.zeros(1, 3, cfg.size, cfg.size))
         vae.decode(net(z, torch.zeros(1), torch.ones(1, cfg.text_len, dtype=torch.long)))
-    return trace(parts, forward)
+    rows = trace(parts, forward)
+    print(kernels("cuda" if torch.cuda.is_available() else "cpu"))
+    return rows
 
 
 def noise_strip(cfg, alpha_bar, shift, times=8):
