@@ -32,11 +32,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import run
-from common.hope import corpus, optim, sidecar, text
-from common.hope.blocks import (Attention, Conv, DeltaNet, RMSNorm, SwiGLU, cut, detached, glue,
-                           inverse_softplus, linear, log_sigmoid, nll, pieces, rates, rope, unit)
+from common.hope import corpus, cost, optim, sidecar, text
+from common.hope.blocks import (Attention, Conv, DeltaNet, RMSNorm, SwiGLU, cut, detached, glue, inverse_softplus,
+                                linear, log_sigmoid, nll, pieces, rates, rope, sum_gates, teach_signal, unit)
 from common.run import opt
-from common.hope.scan import advance, chunk_rule, decays
+from common.hope.scan import SiLU, advance, chunk_rule, decays
 from common.hope.synthetic import Task
 from common.hope.text import BPE
 
@@ -163,28 +163,6 @@ PRESETS = {
 
 
 # --- memory: an MLP whose weights are the state ----------------------------------------------------
-
-
-class SiLU(torch.autograd.Function):
-    """s(z) = z sigmoid(z) and its slope s'(z): a memory's own gradient needs both, and is itself differentiated."""
-
-    @staticmethod
-    def forward(ctx, z):
-        gate = torch.sigmoid(z)
-        y = z * gate
-        slope = torch.addcmul(gate, y, 1 - gate)
-        ctx.save_for_backward(z, gate, slope)
-        ctx.set_materialize_grads(False)
-        return y, slope
-
-    @staticmethod
-    def backward(ctx, gy, gslope):
-        z, gate, slope = ctx.saved_tensors
-        grad = gy * slope if gy is not None else torch.zeros_like(z)
-        if gslope is not None:                      # s'' = sigmoid' (2 + z (1 - 2 sigmoid))
-            second = (1 - 2 * gate).mul_(z).add_(2).mul_(gate).mul_(1 - gate)
-            grad.addcmul_(gslope, second)
-        return grad
 
 
 def recall(Ws, z):
@@ -456,13 +434,16 @@ class Hope(nn.Module):
         super().__init__()
         D, H = cfg.width, cfg.heads
         self.heads, self.names = H, [n for n in "qkv" if n in cfg.adapt]
-        self.conv, self.mix = Conv(D, cfg.conv), linear(D, 3 * D)
+        self.conv, self.mix = Conv(D, cfg.conv), linear(D, (3 + ("g" in cfg.adapt)) * D)   # inputs of q, k, v, gates
         rule = inner_rule(cfg, "dgd_momentum", before=True)
+        # --normal unit lets a write reflect what it finds along k.  Only the answer may turn over: a map of k or of eta
+        # that is reflected by its own writes is another map after every odd number of them.
+        steady = rule._replace(normal="proximal") if rule.normal == "unit" else rule
         self.rate = linear(D, H, bias=True) if rule.momentum else None
-        self.maps = Memory(cfg, cfg.chunk_self, rule, count=len(self.names)) if self.names else None
+        self.maps = Memory(cfg, cfg.chunk_self, steady, count=len(self.names)) if self.names else None
         self.gates, self.slow_gates = None, linear(D, 2 * H)
         if "g" in cfg.adapt:
-            self.gates, self.slow_gates = Memory(cfg, cfg.chunk_self, rule, 2, scalar=True, residual=False), None
+            self.gates, self.slow_gates = Memory(cfg, cfg.chunk_self, steady, 2, scalar=True, residual=False), None
         bias = torch.tensor([inverse_softplus(cfg.eta), 4.5])           # alpha starts at 0.99
         self.bias = nn.Parameter(bias[:, None, None, None].repeat(1, H, 1, 1))
         self.store = Memory(cfg, cfg.chunk, rule)
@@ -473,7 +454,7 @@ class Hope(nn.Module):
         B, T = x.shape[:2]
         c, tail = self.conv(x, state.get("tail"))
         c = F.silu(c)
-        z = torch.cat([unit(cut(p, self.heads)) for p in self.mix(c).chunk(3, -1)], 2)      # [B,H,3,T,K]
+        z = unit(torch.cat([cut(p, self.heads) for p in self.mix(c).split(c.shape[-1], -1)], 2))    # [B,H,3 or 4,T,K]
         log_mom = log_sigmoid(rates(self.rate, c, 1)[0]) if self.rate is not None else None
         slow = None if self.slow_gates is None else torch.cat(rates(self.slow_gates, c, 2), 2)
         with torch.autocast(x.device.type, enabled=False):
@@ -493,10 +474,10 @@ class Hope(nn.Module):
         sizes = pieces(T, min(room), self.maps.chunk if self.maps else self.gates.chunk) if room else [T]
         cutting = [[None] * len(sizes) if t is None else t.split(sizes, 3) for t in (z, slow, log_mom)]
         for part, raw, mom in zip(*cutting):
-            rows = dict(zip("qkv", part.split(1, 2)))
+            rows = dict(zip("qkvg", part.split(1, 2)))
             if maps is not None:
                 rows.update(zip(self.names, unit(self.maps.recall(maps, part[:, :, index])).split(1, 2)))
-            raw = raw if gates is None else self.gates.recall(gates, part[:, :, 1:2])[..., 0]
+            raw = raw if gates is None else self.gates.recall(gates, rows["g"])[..., 0]
             eta, keep = (r + b for r, b in zip(raw.split(1, 2), self.bias))
             eta = self.range * torch.sigmoid(eta) if self.range else F.softplus(eta)
             keep = log_sigmoid(keep) * self.decay
@@ -726,23 +707,6 @@ def fast_weights(module, state):
     return kept
 
 
-def sum_gates(tree):
-    """(gates open, gates seen) over all Memory states in a tree of dicts."""
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    if isinstance(tree, tuple) and len(tree) == 4 and isinstance(tree[3], list):
-        return float(tree[3][0]), tree[3][1]
-    pairs = [sum_gates(t) for t in tree] if isinstance(tree, list) else []
-    return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
-
-
-def teach_signal(logits_BTV, target_BT, head_VD):
-    """dL/dh at the head's input for the summed cross entropy: (softmax(z) - onehot(y)) W, 0 where there is no target."""
-    p = logits_BTV.softmax(-1)
-    p = p - F.one_hot(target_BT.clamp(min=0), p.shape[-1])
-    return (p * (target_BT >= 0)[..., None]) @ head_VD
-
-
 def build(cfg):
     """The model of a Config; --params sizes the feed-forward to that many parameters (within 1%)."""
     return LM(sized(cfg))
@@ -855,6 +819,7 @@ def free_fields():
 
 def train(cfg):
     ddp = run.init(cfg.device)
+    run.keep_freed_memory()                         # a step makes and frees the same few thousand tensors
     check(cfg, ddp)
     data = open_data(cfg)
     run.seed_all(cfg.seed)
@@ -1014,22 +979,7 @@ def evaluate(cfg):
 
 def plan(cfg):
     cfg = sized(cfg)
-    P, D, K, tokens = count(cfg), cfg.width, cfg.width // cfg.heads, cfg.batch * cfg.length
-    memories = dict(lmm=1, mac=1, mag=1, mal=1, hope=1 + len(set(cfg.adapt) & set("qkv")) + ("g" in cfg.adapt) / 2)
-    memories = memories.get(cfg.variant, 0)
-    window = cfg.window * (cfg.variant in ("swa", "mag", "mal"))
-    seen = cfg.length / 2 if cfg.variant in ("full", "hope_attention") else window
-    per_token = memories * D * (14 * cfg.memory_width * K + 12 * cfg.chunk)     # recalls and writes; Gram terms
-    flops = 6 * P * tokens + 6 * cfg.depth * tokens * (per_token + 2 * D * seen)
-    rows, moves = cfg.micro or cfg.batch, sum(cfg.length / p for p in cfg.periods[:cfg.levels])
-    gb = dict(boundary_states_gb=rows * cfg.depth * cfg.length / cfg.chunk * memories * 4 * cfg.memory_width * K * D,
-              cms_copies_gb=rows * cfg.depth * moves * 2 * cfg.hidden * D if cfg.cms == "context" else 0,
-              activations_gb=rows * cfg.length * (D * cfg.depth * (2 if cfg.remat == "block" else 40) + 3 * cfg.vocab))
-    gb = {k: 4e-9 * v for k, v in gb.items()}
-    states = dict(muon=1, adamw=2, m3=5)[cfg.optimizer]
-    run.print_plan(cfg, dict(params=P, hidden=cfg.hidden, flops_per_step=float(flops), tokens=tokens * cfg.steps, **gb,
-                             memory_gb_per_rank=P * 4e-9 * (2 + states) + sum(gb.values()),
-                             disk_gb=P * 4e-9 * (3 + 2 * states), hours_at_mfu=flops * cfg.steps / (0.4 * 989e12) / 3600))
+    run.print_plan(cfg, cost.estimate(cfg, count(cfg)))
 
 
 def verify(cfg):
@@ -1072,45 +1022,16 @@ def ablate(cfg):
             last = [r for r in log if r["kind"] == "eval"][-1]
             rows[arm].append(dict(val_bpb=last["val_bpb"], accuracy=last.get("accuracy"), time_s=log[-1]["time_s"],
                                   params=count(sized(one))))
-    table = [f"# {name}: {cfg.steps} steps of {cfg.batch} x {cfg.length}, {cfg.seeds} seeds", "",
-             "| arm | parameters | bits per byte, mean | s.d. | seconds |", "|---|---|---|---|---|"]
-    for arm, runs in rows.items():
-        bpb = np.array([r["val_bpb"] for r in runs])
-        table.append(f"| {arm} | {runs[0]['params']:,} | {bpb.mean():.4f} | {bpb.std(ddof=1) if len(bpb) > 1 else 0:.4f} "
-                     f"| {np.mean([r['time_s'] for r in runs]):.0f} |")
+    table = cost.table(f"{name}: {cfg.steps} steps of {cfg.batch} x {cfg.length}, {cfg.seeds} seeds", rows)
     (root / "table.json").write_text(json.dumps(rows, indent=1))
-    (root / "table.md").write_text("\n".join(table) + "\n")
-    print("\n".join(table))
+    (root / "table.md").write_text(table)
+    print(table, end="")
 
 
-# --- data commands, main ---------------------------------------------------------------------------
-
-
-def make_corpus(cfg):
-    """Filter and deduplicate --data (text, folder or sources.json) into OUT/NAME.jsonl, OUT/sources.json, counts.json."""
-    corpus.build(cfg.data, cfg.out, cfg.min_english)
-
-
-def make_tokenizer(cfg):
-    """Train a byte-level BPE of --vocab tokens on --data; a coverage.json already in --out guards against a worse one."""
-    corpus.train_tokenizer(cfg.data, cfg.out, cfg.vocab)
-
-
-def make_shards(cfg):
-    """Tokenise the sources of --data into rows of --length + 1 tokens under --out, with a manifest."""
-    text.shard(corpus.sources(cfg.data), BPE.load(cfg.tokenizer) if cfg.tokenizer else BPE(), cfg.out, cfg.length)
-
-
-def validate(cfg):
-    """Check the shards of --data: files, hashes, counts, licences, overlap, and the texts after the command as held out."""
-    root = pathlib.Path(cfg.data)
-    bpe = BPE.load(root / "tokenizer.json")
-    problems = corpus.validate(root, {w: bpe.encode("\n".join(text.documents(w))) for w in cfg.words})
-    print("\n".join(problems) or f"{root}: no problems")
-    if problems:
-        raise SystemExit(1)
+# --- main ------------------------------------------------------------------------------------------
 
 
 if __name__ == "__main__":
     run.main(Config, PRESETS, dict(train=train, sample=sample, evaluate=evaluate, plan=plan, verify=verify, ablate=ablate,
-                                   corpus=make_corpus, tokenizer=make_tokenizer, shard=make_shards, validate=validate))
+                                   corpus=corpus.make_corpus, tokenizer=corpus.make_tokenizer, shard=corpus.make_shards,
+                                   validate=corpus.make_check))

@@ -199,3 +199,20 @@ def nll(logits_BTV, target_BT):
     loss = F.cross_entropy(logits_BTV.float().flatten(0, 1) if logits_BTV.dtype != torch.float64
                            else logits_BTV.flatten(0, 1), target_BT.flatten(), ignore_index=-1, reduction="none")
     return loss.view_as(target_BT)
+
+
+def sum_gates(tree):
+    """(gates open, gates seen) over all Memory states in a tree of dicts."""
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    if isinstance(tree, tuple) and len(tree) == 4 and isinstance(tree[3], list):
+        return float(tree[3][0]), tree[3][1]
+    pairs = [sum_gates(t) for t in tree] if isinstance(tree, list) else []
+    return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
+
+
+def teach_signal(logits_BTV, target_BT, head_VD):
+    """dL/dh at the head's input for the summed cross entropy: (softmax(z) - onehot(y)) W, 0 where there is no target."""
+    p = logits_BTV.softmax(-1)
+    p = p - F.one_hot(target_BT.clamp(min=0), p.shape[-1])
+    return (p * (target_BT >= 0)[..., None]) @ head_VD

@@ -18,7 +18,7 @@ import numpy as np
 
 from common.ckpt import sha256_file, write_atomic
 from common.flags import UserError
-from common.hope.text import BPE, coverage, documents, guard, read_manifest
+from common.hope.text import BPE, coverage, documents, guard, read_manifest, shard
 
 # --- language ------------------------------------------------------------------------------------------------
 
@@ -249,3 +249,31 @@ def train_tokenizer(path, out, vocab):
     bpe.save(out / "tokenizer.json")
     write_atomic(baseline, json.dumps(dict(found, vocab_size=bpe.vocab_size, sha256=bpe.sha256), indent=1).encode())
     print(json.dumps(found, indent=1))
+
+
+# --- commands of hope_lm.py -----------------------------------------------------------------------------------
+
+
+def make_corpus(cfg):
+    """Filter and deduplicate --data (text, folder or sources.json) into OUT/NAME.jsonl, OUT/sources.json, counts.json."""
+    build(cfg.data, cfg.out, cfg.min_english)
+
+
+def make_tokenizer(cfg):
+    """Train a byte-level BPE of --vocab tokens on --data; a coverage.json already in --out guards against a worse one."""
+    train_tokenizer(cfg.data, cfg.out, cfg.vocab)
+
+
+def make_shards(cfg):
+    """Tokenise the sources of --data into rows of --length + 1 tokens under --out, with a manifest."""
+    shard(sources(cfg.data), BPE.load(cfg.tokenizer) if cfg.tokenizer else BPE(), cfg.out, cfg.length)
+
+
+def make_check(cfg):
+    """Check the shards of --data: files, hashes, counts, licences, overlap, and the texts after the command as held out."""
+    root = pathlib.Path(cfg.data)
+    bpe = BPE.load(root / "tokenizer.json")
+    problems = validate(root, {w: bpe.encode("\n".join(documents(w))) for w in cfg.words})
+    print("\n".join(problems) or f"{root}: no problems")
+    if problems:
+        raise SystemExit(1)

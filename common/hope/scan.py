@@ -36,6 +36,28 @@ class End(NamedTuple):
     RH: torch.Tensor | None
 
 
+class SiLU(torch.autograd.Function):
+    """s(z) = z sigmoid(z) and its slope s'(z): a memory's own gradient needs both, and is itself differentiated."""
+
+    @staticmethod
+    def forward(ctx, z):
+        gate = torch.sigmoid(z)
+        y = z * gate
+        slope = torch.addcmul(gate, y, 1 - gate)
+        ctx.save_for_backward(z, gate, slope)
+        ctx.set_materialize_grads(False)
+        return y, slope
+
+    @staticmethod
+    def backward(ctx, gy, gslope):
+        z, gate, slope = ctx.saved_tensors
+        grad = gy * slope if gy is not None else torch.zeros_like(z)
+        if gslope is not None:                      # s'' = sigmoid' (2 + z (1 - 2 sigmoid))
+            second = (1 - 2 * gate).mul_(z).add_(2).mul_(gate).mul_(1 - gate)
+            grad.addcmul_(gslope, second)
+        return grad
+
+
 class Ratios(torch.autograd.Function):
     """exp(row_t - column_i) for i <= t + diagonal, else 0: [..., C], [..., C] -> [..., C, C]."""
 
