@@ -1066,7 +1066,8 @@ def ablate(cfg):
         rows[arm] = []
         for seed in range(cfg.seeds):
             out = root / arm.replace(" ", "_") / str(seed)
-            one = dataclasses.replace(cfg, params=budget, seed=seed, words=(), out=str(out), **ABLATIONS[name][arm])
+            one = dataclasses.replace(cfg, params=budget, seed=seed, words=(), out=str(out),
+                                      **ABLATIONS[name][arm])
             if not (out / "weights.safetensors").exists():
                 train(one)
             log = [*map(json.loads, (out / "log.jsonl").read_text().splitlines())]
@@ -1074,7 +1075,8 @@ def ablate(cfg):
             rows[arm].append(dict(val_bpb=last["val_bpb"], accuracy=last.get("accuracy"),
                                   time_s=log[-1]["time_s"], params=count(sized(one)),
                                   loss_by_position=last["loss_by_position"]))
-        table = cost.table(f"{name}: {cfg.steps} steps of {cfg.batch} x {cfg.length}, {cfg.seeds} seeds", rows)
+        title = f"{name}: {cfg.steps} steps of {cfg.batch} x {cfg.length}, {cfg.seeds} seeds"
+        table = cost.table(title, rows)
         (root / "table.json").write_text(json.dumps(rows, indent=1))
         (root / "table.md").write_text(table)
     print(table, end="")
