@@ -1,14 +1,17 @@
-"""Training speed of hope_lm on this machine, one thread: HOPE, its peers, its cost against length, and the reference.
+"""Training speed of hope_lm on this machine, one thread: HOPE, its peers, its cost against
+length, and the reference.
 
     python -m eval.bench_hope --json bench_hope.json [--rounds 3] [--lengths 256,4096] [--reference DIR]
 
-Config: V 256, D 256, L 4, H 4, T 512, batch 4, CMS 4 x 4, random bytes; a step is forward, backward through the writes
-and AdamW.  Time is process time: the cores are shared and a wall clock would count other people's work.  The cost
-against length keeps 4 rows and makes them longer (D 128, L 2).  Cases of a round run one after the other and ratios are
-taken within the round (median over rounds).
+Config: V 256, D 256, L 4, H 4, T 512, batch 4, CMS 4 x 4, random bytes; a step is forward, backward through
+the writes
+and AdamW.  Time is process time: the cores are shared and a wall clock would count other people's work.  The
+cost against length keeps 4 rows and makes them longer (D 128, L 2).  Cases of a round run one after the other
+and ratios are taken within the round (median over rounds).
 
-DIR (or ONEFILE_NESTED_LEARNING): a checkout of github.com/kmccleary3301/nested_learning; needs omegaconf.  Its step is
-that of its training loop, offline: forward, backward, clip, AdamW, teach signal, second forward with the writes.
+DIR (or ONEFILE_NESTED_LEARNING): a checkout of github.com/kmccleary3301/nested_learning; needs omegaconf.
+Its step is that of its training loop, offline: forward, backward, clip, AdamW, teach signal, second forward
+with the writes.
 """
 
 import argparse
@@ -27,13 +30,14 @@ from common import run
 
 SIZE = dict(width=256, depth=4, heads=4, chunk=64, chunk_self=64)
 CASES = {"hope": dict(variant="hope"), "hope, CMS width 2D": dict(variant="hope", cms_mult=2.0),
-         "hope_attention": dict(variant="hope_attention"), "lmm": dict(variant="lmm"), "deltanet": dict(variant="deltanet"),
-         "swa": dict(variant="swa"), "full": dict(variant="full")}
+         "hope_attention": dict(variant="hope_attention"), "lmm": dict(variant="lmm"),
+         "deltanet": dict(variant="deltanet"), "swa": dict(variant="swa"), "full": dict(variant="full")}
 REFERENCE = ("transformer", "hope_attention", "hope_selfmod")
 
 
 def stepper(batch=4, T=512, **kw):
-    """A function that runs one training step of a fresh net on random bytes -> tokens of it; and the parameter count."""
+    """A function that runs one training step of a fresh net on random bytes -> tokens of it;
+    and the parameter count."""
     torch.manual_seed(0)
     net = h.LM(h.Config(**{**SIZE, **kw}))
     opt, data = torch.optim.AdamW(net.parameters()), torch.randint(0, 256, (batch, T + 1))
@@ -92,14 +96,17 @@ def cases(median, lengths, paired):
     at_least, at_most = (lambda v, goal: v >= goal), (lambda v, goal: v <= goal)
     over = lambda a, b: median(lambda r: r[a] / r[b])   # noqa: E731
     first, last = str(lengths[0]), str(lengths[-1])
-    found = dict(length=case(f"HOPE, cost of a token at T={last} over T={first}", "T long / short", over(first, last), 1.15, at_most),
-                 speed=case("HOPE, tokens a CPU-second (a rate, not a ratio)", "hope", median(lambda r: r["hope"]), 1000.0, at_least))
+    found = dict(length=case(f"HOPE, cost of a token at T={last} over T={first}", "T long / short",
+                             over(first, last), 1.15, at_most),
+                 speed=case("HOPE, tokens a CPU-second (a rate, not a ratio)", "hope",
+                            median(lambda r: r["hope"]), 1000.0, at_least))
     if not paired:
         return found | dict(reference=dict(skipped="no checkout of kmccleary3301/nested_learning named"))
-    for name, ours, theirs, goal in (("selfmod", "hope", "hope_selfmod", 25.0), ("attention", "hope", "hope_attention", 2.5),
+    for name, ours, theirs, goal in (("selfmod", "hope", "hope_selfmod", 25.0),
+                                     ("attention", "hope", "hope_attention", 2.5),
                                      ("transformer", "full", "transformer", 1.0)):
-        found[name] = case(f"{ours} over the reference's {theirs}, offline", "tokens a CPU-second", over(ours, f"reference {theirs}"),
-                           goal, at_least)
+        found[name] = case(f"{ours} over the reference's {theirs}, offline", "tokens a CPU-second",
+                           over(ours, f"reference {theirs}"), goal, at_least)
     return found
 
 
@@ -117,13 +124,15 @@ def main():
     lengths = [int(x) for x in args.lengths.split(",")]
     made = {name: stepper(**CASES[name]) for name in args.only.split(";")}
     by_length = {str(T): stepper(T=T, width=128, depth=2, heads=2, cms_levels=2)[0] for T in lengths}
-    theirs = {f"reference {name}": reference(args.reference, name) for name in REFERENCE} if args.reference else {}
+    theirs = {f"reference {name}": reference(args.reference, name)
+              for name in REFERENCE} if args.reference else {}
     steps = {name: step for name, (step, _) in made.items()} | by_length
     measure(steps)                                  # warm-up; the reference's steps are long enough without
     steps |= {name: step for name, (step, _) in theirs.items()}
     rounds = [measure(steps) for _ in range(args.rounds)]
     median = lambda f: statistics.median(f(r) for r in rounds)   # noqa: E731
-    out = dict(tokens_per_cpu_s={k: median(lambda r: r[k]) for k in made | theirs},    # noqa: B023, called at once
+    out = dict(tokens_per_cpu_s={k: median(lambda r: r[k])
+                                 for k in made | theirs},    # noqa: B023, called at once
                params={k: n for k, (_, n) in (made | theirs).items()},
                hope_by_length={k: median(lambda r: r[k]) for k in by_length},          # noqa: B023
                rounds=rounds, torch=torch.__version__, cases=cases(median, lengths, bool(theirs)))
