@@ -1,8 +1,9 @@
 """HOPE and Titans language models: memories that are trained by the sequence they read.
 
-Idea        A memory is a small MLP whose weights move inside the sequence, one gradient step a token, to map keys to
-            values; the model around it is trained through those steps. HOPE lets memories produce their own keys,
-            values, step sizes and targets, and follows them with MLPs that change at several slower clocks (CMS).
+Idea        A memory is a small MLP whose weights move inside the sequence, one gradient step a token, to map
+            keys to values; the model around it is trained through those steps. HOPE lets memories produce
+            their own keys, values, step sizes and targets, and follows them with MLPs that change at several
+            slower clocks (CMS).
 Paper       Nested Learning, arXiv:2512.24695 (HOPE, equations NL n); Titans, arXiv:2501.00663 (equations T n)
 Reproduces  nothing at paper scale: that needs 30-100 B tokens.  Measured here: docs/hope.md
 Run         1 CPU   python hope_lm.py --preset smoke                  20 s, loss falls
@@ -10,9 +11,11 @@ Run         1 CPU   python hope_lm.py --preset smoke                  20 s, loss
             1 GPU   python hope_lm.py --preset pilot --data shards
             8 GPUs  torchrun --nproc_per_node=8 hope_lm.py --preset target --shard fsdp2 --data shards
 Differs     head-wise memories (one small MLP a head) instead of full-width ones; values and memory inputs are
-            l2-normalised (unnormalised ones diverge); gradients are 1/2|.|^2 everywhere; docs/hope.md has the list
+            l2-normalised (unnormalised ones diverge); gradients are 1/2|.|^2 everywhere
+            (docs/hope.md has the list)
 
-B sequences  T tokens  D width  H heads  M memories  C tokens of a chunk  K head width  O, I out, in  V vocabulary
+B sequences  T tokens  D width  H heads  M memories  C tokens of a chunk  K head width  V vocabulary
+O, I rows out, in
 """
 
 import contextlib
@@ -32,11 +35,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import run
-from common.hope import corpus, optim, sidecar, text
+from common.hope import corpus, cost, optim, sidecar, text
 from common.hope.blocks import (Attention, Conv, DeltaNet, RMSNorm, SwiGLU, cut, detached, glue,
-                           inverse_softplus, linear, log_sigmoid, nll, pieces, rates, rope, unit)
+                                inverse_softplus, linear, log_sigmoid, nll, pieces, rates, rope, sum_gates,
+                                teach_signal, unit)
 from common.run import opt
-from common.hope.scan import advance, chunk_rule, decays
+from common.hope.scan import SiLU, advance, chunk_rule, decays
 from common.hope.synthetic import Task
 from common.hope.text import BPE
 
@@ -71,27 +75,28 @@ class Config:
     boundary: bool = opt(False, "read memories at the chunk's start (NL 90), not at each token")
     cms_levels: int = opt(4, "K; 0: a SwiGLU instead")
     cms_wiring: str = opt("sequential", "", ("sequential", "nested", "headwise"))
-    cms: str = opt("outer", "what moves the levels: the optimizer's clock, the context, or (frozen) every step",
+    cms: str = opt("outer", "what moves the levels: the optimizer's clock, the context, or every step",
                    ("outer", "context", "frozen"))
     cms_mult: float = opt(4.0, "hidden width of a CMS level over D")
     periods: tuple = opt((8, 32, 128, 512), "context clock: tokens a move, fastest first")
     outer_periods: tuple = opt((1, 1, 2, 4), "outer clock: optimizer steps a move")
     cms_lr: float = opt(3e-4, "context clock: inner step size")
     through_writes: bool = opt(True, "context clock: gradients flow through the writes; off: first order")
-    teach: str = opt("layer", "teach signal: true gradient at each level, or the head's for all", ("layer", "global"))
+    teach: str = opt("layer", "teach signal: true gradient at each level, or the head's for all",
+                     ("layer", "global"))
     teach_scale: float = opt(0.1, "factor on the teach signal")
     teach_clip: float = opt(5.0, "cap of its norm per token; 0: none")
     surprise: str = opt("loss", "what the CMS gate weighs", ("loss", "delta", "entropy"))
-    surprise_threshold: float = opt(0.0, "no write below this surprise (nats a token, or |M(k)-v|); 0: no gate")
+    surprise_threshold: float = opt(0.0, "no write below this surprise (nats a token, or |M(k)-v|); 0: off")
     decay: bool = opt(True, "memories forget; off is the ablation")
     remat: str = opt("none", "recompute activations in backward", ("none", "block", "chunk"))
     hidden_width: int = opt(0, "feed-forward hidden width; 0: from --cms-mult (CMS) or 8/3 D (SwiGLU)")
     # data
-    data: str = opt("", "shard folder, text file or folder of text; empty: the Python standard library's sources")
+    data: str = opt("", "shard folder, text file or folder; empty: the standard library's sources")
     tokenizer: str = opt("", "tokenizer.json for raw text; empty: bytes")
     task: str = opt("text", "or a synthetic task with answers to score", ("text", "parity", "aa", "recall"))
     length: int = opt(512, "tokens of a row, T")
-    curriculum: tuple = opt((), "lengths in equal shares of the run, e.g. 2048,4096,8192; tokens a step stay constant")
+    curriculum: tuple = opt((), "lengths in equal shares of the run; tokens a step stay constant")
     batch: int = opt(8, "rows of --length a step, all ranks together")
     micro: int = opt(0, "rows of --length in one forward pass of one rank; 0: all")
     # optimization
@@ -104,7 +109,8 @@ class Config:
     clip: float = opt(1.0, "gradient norm")
     teach_warmup: float = opt(0.01, "share of the steps over which the teach signal rises")
     teach_decay: float = opt(0.14, "share at the end over which it falls to 0")
-    shard: str = opt("ddp", "what ranks share: nothing, optimizer state, or weights", ("ddp", "zero1", "fsdp2"))
+    shard: str = opt("ddp", "what ranks share: nothing, optimizer state, or weights",
+                     ("ddp", "zero1", "fsdp2"))
     bf16: bool = opt(True, "bfloat16 autocast where the GPU has it; memories stay float32")
     compile: bool = opt(False, "torch.compile the chunk body")
     # run
@@ -137,54 +143,34 @@ class Config:
 
     @property
     def hidden(self):
-        return self.hidden_width or (int(self.cms_mult * self.width) if self.levels else 8 * round(self.width / 3))
+        return self.hidden_width or (int(self.cms_mult * self.width) if self.levels
+                                     else 8 * round(self.width / 3))
 
 
-PAPER13 = "NL table 2, 1.3 B / 100 B tokens"
+PAPER760, PAPER13 = "NL table 2, 760 M / 30 B tokens", "NL table 2, 1.3 B / 100 B tokens"
 PRESETS = {
-    "smoke": dict(paper="-", set=dict(width=32, depth=2, heads=2, length=64, batch=4, steps=20, chunk=16, chunk_self=16,
-                                      eval_every=10, eval_rows=4, save_every=10, log_every=5)),
-    "tiny": dict(paper="-", set=dict(width=192, depth=4, heads=3, params=4_000_000, length=256, batch=16, steps=1500, chunk=32,
-                                     chunk_self=32, cms_levels=2)),
+    "smoke": dict(paper="-", set=dict(width=32, depth=2, heads=2, length=64, batch=4, steps=20, chunk=16,
+                                      chunk_self=16, eval_every=10, eval_rows=4, save_every=10, log_every=5)),
+    "tiny": dict(paper="-", set=dict(width=192, depth=4, heads=3, params=4_000_000, length=256, batch=16,
+                                     steps=1500, chunk=32, chunk_self=32, cms_levels=2)),
     "cms_sparse": dict(paper="sparse-chunk ablation, below 49 GB", set=dict(
         width=384, depth=8, heads=6, vocab=32_000, length=1024, batch=2, cms="context", through_writes=False,
         optimizer="adamw", lr=2.5e-4, steps=5000)),
     "pilot": dict(paper="160 M / 3 B tokens; no published row", set=dict(
-        width=512, depth=12, heads=8, vocab=32_000, params=160_000_000, length=2048, batch=256, micro=4, steps=5_700,
-        surprise_threshold=0.02, warmup=0.01, lr=1e-3, seed=1337, save_every=500)),
-    "mid": dict(paper="NL table 2, 760 M / 30 B tokens", expect=dict(wiki_ppl=18.68, mean_acc=52.28), set=dict(
-        width=1024, depth=24, heads=16, vocab=32_000, params=760_000_000, length=4096, batch=128, micro=2, steps=57_000,
-        warmup=0.01, lr=6e-4, remat="block", shard="zero1", compile=True, seed=808, save_every=500)),
+        width=512, depth=12, heads=8, vocab=32_000, params=160_000_000, length=2048, batch=256, micro=4,
+        steps=5_700, surprise_threshold=0.02, warmup=0.01, lr=1e-3, seed=1337, save_every=500)),
+    "mid": dict(paper=PAPER760, expect=dict(wiki_ppl=18.68, mean_acc=52.28), set=dict(
+        width=1024, depth=24, heads=16, vocab=32_000, params=760_000_000, length=4096, batch=128, micro=2,
+        steps=57_000, warmup=0.01, lr=6e-4, remat="block", shard="zero1", compile=True, seed=808,
+        save_every=500)),
     "target": dict(paper=PAPER13, expect=dict(wiki_ppl=14.39, mean_acc=58.04), set=dict(
-        width=1536, depth=32, heads=24, vocab=32_000, params=1_300_000_000, length=8192, curriculum=(2048, 4096, 8192),
-        batch=64, micro=1, steps=190_000, warmup=0.01, lr=4e-4, remat="block", shard="fsdp2", compile=True,
-        seed=9001, save_every=500)),
+        width=1536, depth=32, heads=24, vocab=32_000, params=1_300_000_000, length=8192,
+        curriculum=(2048, 4096, 8192), batch=64, micro=1, steps=190_000, warmup=0.01, lr=4e-4, remat="block",
+        shard="fsdp2", compile=True, seed=9001, save_every=500)),
 }
 
 
 # --- memory: an MLP whose weights are the state ----------------------------------------------------
-
-
-class SiLU(torch.autograd.Function):
-    """s(z) = z sigmoid(z) and its slope s'(z): a memory's own gradient needs both, and is itself differentiated."""
-
-    @staticmethod
-    def forward(ctx, z):
-        gate = torch.sigmoid(z)
-        y = z * gate
-        slope = torch.addcmul(gate, y, 1 - gate)
-        ctx.save_for_backward(z, gate, slope)
-        ctx.set_materialize_grads(False)
-        return y, slope
-
-    @staticmethod
-    def backward(ctx, gy, gslope):
-        z, gate, slope = ctx.saved_tensors
-        grad = gy * slope if gy is not None else torch.zeros_like(z)
-        if gslope is not None:                      # s'' = sigmoid' (2 + z (1 - 2 sigmoid))
-            second = (1 - 2 * gate).mul_(z).add_(2).mul_(gate).mul_(1 - gate)
-            grad.addcmul_(gslope, second)
-        return grad
 
 
 def recall(Ws, z):
@@ -215,23 +201,25 @@ def surprise(Ws, slopes, error):
 
 
 class Rule(NamedTuple):
-    """How a memory learns.  delta: DGD (NL 57-88), else gradient descent; clip: cap of a token's gradient norm."""
+    """How a memory learns.  delta: DGD (NL 57-88), else gradient descent; clip: cap of a
+    token's gradient norm."""
     delta: bool = True
     momentum: bool = True
     kind: str = "scan"              # scan: exact per token; delta_momentum, dmgd: once a chunk (NL 49, 50)
     normal: str = "proximal"        # step eta/(1+eta|x|^2), exact minimiser; "unit" eta/|x|^2; "none" eta
     clip: float = 1.0
     threshold: float = 0.0          # surprise gate: no write when the chunk's mean |M(k) - v| is below
-    before: bool = False            # tokens read the state before their own write (NL 86), else after it (T 15)
+    before: bool = False  # tokens read the state before their own write (NL 86), else after it (T 15)
     boundary: bool = False          # tokens read the state at the chunk's start (NL 90)
 
 
 def learn(Ws, Ss, k, v, eta, log_keep, log_mom, q, rule, residual, own_target):
     """One chunk of a memory's life -> (Ws, Ss, M(q) rows or None, gate [..., 1]: did this chunk write).
 
-    Ws: list of [B,H,M,O,I]; k, v, q: [B,H,1,C,K]; eta, log_keep, log_mom: [B,H,1,C] (log_mom None: no momentum).
-    own_target: the memory regresses on M(v) at the chunk's start (NL 84) instead of v.  All gradients stand at
-    the chunk's first weights (NL 90).
+    Ws: list of [B,H,M,O,I]; k, v, q: [B,H,1,C,K]; eta, log_keep, log_mom: [B,H,1,C] (log_mom None: no
+    momentum).
+    own_target: the memory regresses on M(v) at the chunk's start (NL 84) instead of v.  All gradients stand
+    at the chunk's first weights (NL 90).
     """
     Wk, inputs, slopes = recall(Ws, k)
     error = Wk[-1] - (answer(Ws, v, False) if own_target else v)
@@ -253,7 +241,8 @@ def learn(Ws, Ss, k, v, eta, log_keep, log_mom, q, rule, residual, own_target):
     for i, (W, S, g, x, Wx) in enumerate(zip(Ws, Ss, grads, inputs, Wk)):
         norm = torch.linalg.vector_norm(x, dim=-1)
         step = {"proximal": lambda: eta / (1 + eta * norm.square()),     # noqa: B023, called at once
-                "unit": lambda: eta / norm.square().clamp(min=1e-4), "none": lambda: eta.expand_as(norm)}[rule.normal]()
+                "unit": lambda: eta / norm.square().clamp(min=1e-4),
+                "none": lambda: eta.expand_as(norm)}[rule.normal]()
         scale = step
         if rule.clip:
             scale = step * (rule.clip / (torch.linalg.vector_norm(g, dim=-1) * norm).clamp(min=rule.clip))
@@ -297,7 +286,8 @@ class Memory(nn.Module):
         return self.chunk - (0 if state[2] is None else state[2][1].shape[-2])
 
     def scan(self, state, *rows):
-        """Take rows (q or None, k, v, eta, log_keep, log_mom or None) of any length -> (M(q) rows or None, state)."""
+        """Take rows (q or None, k, v, eta, log_keep, log_mom or None) of any length -> (M(q)
+        rows or None, state)."""
         Ws, Ss, held, gates = state
         new = rows[1].shape[-2]
         if held is not None:
@@ -326,33 +316,38 @@ class Memory(nn.Module):
     def _chunk(self, Ws, Ss, part):
         q, k, v, eta, log_keep, log_mom = part
         args = (Ws, Ss, k, v, eta, log_keep, log_mom, q, self.rule, self.residual, self.own_target)
-        return checkpoint(self.body, *args, use_reentrant=False) if self.remat and self.training else self.body(*args)
+        if self.remat and self.training:
+            return checkpoint(self.body, *args, use_reentrant=False)
+        return self.body(*args)
 
 
 # --- model: sequence mixers ------------------------------------------------------------------------
 #
-# Every mixer maps (x [B,T,D], state dict) -> (y [B,T,D], state dict).  An empty state is a fresh context, a returned
-# one continues it: training, scoring, sampling and memorising are the same forward pass.
+# Every mixer maps (x [B,T,D], state dict) -> (y [B,T,D], state dict).  An empty state is a fresh context, a
+# returned one continues it: training, scoring, sampling and memorising are the same forward pass.
 
 
 def inner_rule(cfg, paper, before=False):
     """--inner as a Rule; `paper` is the rule of the variant's own paper."""
     name = paper if cfg.inner == "paper" else cfg.inner
     return Rule(delta="dgd" in name, momentum="momentum" in name or name == "dmgd",
-                kind=name if name in ("delta_momentum", "dmgd") else "scan", normal=cfg.normal, clip=cfg.inner_clip,
-                threshold=cfg.surprise_threshold, before=before, boundary=cfg.boundary)
+                kind=name if name in ("delta_momentum", "dmgd") else "scan", normal=cfg.normal,
+                clip=cfg.inner_clip, threshold=cfg.surprise_threshold, before=before, boundary=cfg.boundary)
 
 
 class Titans(nn.Module):
-    """Titans (LMM): fixed projections make q, k, v; M learns M(k) = v with momentum and forgetting (T 9-15)."""
+    """Titans (LMM): fixed projections make q, k, v; M learns M(k) = v with momentum
+    and forgetting (T 9-15)."""
 
     def __init__(self, cfg, persistent, gate=True):
         super().__init__()
         D, H = cfg.width, cfg.heads
         self.heads, self.decay = H, float(cfg.decay)        # 0: nothing is forgotten, the ablation
         self.qkv, self.conv, self.rate = linear(D, 3 * D), Conv(3 * D, cfg.conv), linear(D, 3 * H)
-        self.open, self.norm, self.out = linear(D, D) if gate else None, RMSNorm(D // H), linear(D, D, cfg.out_std)
-        self.bias = nn.Parameter(torch.tensor([inverse_softplus(cfg.eta), 4.5, 0.0])[:, None, None].repeat(1, H, 1))
+        self.open = linear(D, D) if gate else None
+        self.norm, self.out = RMSNorm(D // H), linear(D, D, cfg.out_std)
+        bias = torch.tensor([inverse_softplus(cfg.eta), 4.5, 0.0])      # theta, forgetting, momentum
+        self.bias = nn.Parameter(bias[:, None, None].repeat(1, H, 1))
         self.persistent = nn.Parameter(torch.randn(persistent, D) * 0.02) if persistent else None
         self.memory = Memory(cfg, cfg.chunk, inner_rule(cfg, "momentum"), residual=False, own_target=False)
 
@@ -363,7 +358,8 @@ class Titans(nn.Module):
         theta, keep, mom = (r + b[:, None] for r, b in zip(rates(self.rate, x, 3), self.bias))
         with torch.autocast(x.device.type, enabled=False):
             memory = state["memory"] if "memory" in state else self.memory.start(len(x))
-            o, memory = self.memory.scan(memory, unit(q), unit(k), v, F.softplus(theta), log_sigmoid(keep) * self.decay,
+            o, memory = self.memory.scan(memory, unit(q), unit(k), v, F.softplus(theta),
+                                         log_sigmoid(keep) * self.decay,
                                          log_sigmoid(mom) if self.memory.rule.momentum else None)
         return glue(self.norm(o)).to(x.dtype), dict(tail=tail, memory=memory)
 
@@ -376,7 +372,8 @@ class Titans(nn.Module):
 
 
 class MAC(nn.Module):
-    """Memory as context: attention over [P; M(s W_Q); s] inside a segment, then y * M(y) after writing y (T 21-25)."""
+    """Memory as context: attention over [P; M(s W_Q); s] inside a segment, then y * M(y)
+    after writing y (T 21-25)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -413,12 +410,14 @@ class MAC(nn.Module):
         ks, vs, kh, vh = new if cache is None else (torch.cat(pair, 2) for pair in zip(cache, new))
         causal = torch.ones(n, past + n, dtype=torch.bool, device=s.device).tril(past)
         seen = torch.cat([causal.new_ones(n, kp.shape[2]), causal, causal], 1)
-        y = F.scaled_dot_product_attention(rope(q, past), torch.cat([kp, kh, ks], 2), torch.cat([vp, vh, vs], 2), seen)
+        y = F.scaled_dot_product_attention(rope(q, past), torch.cat([kp, kh, ks], 2),
+                                           torch.cat([vp, vh, vs], 2), seen)
         return y.transpose(1, 2).reshape(B, n, D), (ks, vs, kh, vh)
 
 
 class MAG(nn.Module):
-    """Memory as gate: sliding-window attention and memory side by side, multiplied after norm and SiLU (T 26-28)."""
+    """Memory as gate: sliding-window attention and memory side by side, multiplied after
+    norm and SiLU (T 26-28)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -456,13 +455,17 @@ class Hope(nn.Module):
         super().__init__()
         D, H = cfg.width, cfg.heads
         self.heads, self.names = H, [n for n in "qkv" if n in cfg.adapt]
-        self.conv, self.mix = Conv(D, cfg.conv), linear(D, 3 * D)
+        self.conv, self.mix = Conv(D, cfg.conv), linear(D, (3 + ("g" in cfg.adapt)) * D)    # q, k, v, gates
         rule = inner_rule(cfg, "dgd_momentum", before=True)
+        # --normal unit lets a write reflect what it finds along k.  Only the answer may turn over: a map of k
+        # or of eta that is reflected by its own writes is another map after every odd number of them.
+        steady = rule._replace(normal="proximal") if rule.normal == "unit" else rule
         self.rate = linear(D, H, bias=True) if rule.momentum else None
-        self.maps = Memory(cfg, cfg.chunk_self, rule, count=len(self.names)) if self.names else None
+        self.maps = Memory(cfg, cfg.chunk_self, steady, count=len(self.names)) if self.names else None
         self.gates, self.slow_gates = None, linear(D, 2 * H)
         if "g" in cfg.adapt:
-            self.gates, self.slow_gates = Memory(cfg, cfg.chunk_self, rule, 2, scalar=True, residual=False), None
+            self.gates = Memory(cfg, cfg.chunk_self, steady, 2, scalar=True, residual=False)
+            self.slow_gates = None
         bias = torch.tensor([inverse_softplus(cfg.eta), 4.5])           # alpha starts at 0.99
         self.bias = nn.Parameter(bias[:, None, None, None].repeat(1, H, 1, 1))
         self.store = Memory(cfg, cfg.chunk, rule)
@@ -473,7 +476,7 @@ class Hope(nn.Module):
         B, T = x.shape[:2]
         c, tail = self.conv(x, state.get("tail"))
         c = F.silu(c)
-        z = torch.cat([unit(cut(p, self.heads)) for p in self.mix(c).chunk(3, -1)], 2)      # [B,H,3,T,K]
+        z = unit(torch.cat([cut(p, self.heads) for p in self.mix(c).split(c.shape[-1], -1)], 2))  # M: 3 or 4
         log_mom = log_sigmoid(rates(self.rate, c, 1)[0]) if self.rate is not None else None
         slow = None if self.slow_gates is None else torch.cat(rates(self.slow_gates, c, 2), 2)
         with torch.autocast(x.device.type, enabled=False):
@@ -484,7 +487,8 @@ class Hope(nn.Module):
         return self.out(y), dict(tail=tail, maps=maps, gates=gates, store=store)
 
     def _generate(self, z, slow, log_mom, state):
-        """q, k, v, eta, log alpha of every token from the memories at their last boundary; then these learn too."""
+        """q, k, v, eta, log alpha of every token from the memories at their last boundary;
+        then these learn too."""
         B, T = z.shape[0], z.shape[3]
         maps = state.get("maps") or (self.maps and self.maps.start(B))
         gates = state.get("gates") or (self.gates and self.gates.start(B))
@@ -493,10 +497,10 @@ class Hope(nn.Module):
         sizes = pieces(T, min(room), self.maps.chunk if self.maps else self.gates.chunk) if room else [T]
         cutting = [[None] * len(sizes) if t is None else t.split(sizes, 3) for t in (z, slow, log_mom)]
         for part, raw, mom in zip(*cutting):
-            rows = dict(zip("qkv", part.split(1, 2)))
+            rows = dict(zip("qkvg", part.split(1, 2)))
             if maps is not None:
                 rows.update(zip(self.names, unit(self.maps.recall(maps, part[:, :, index])).split(1, 2)))
-            raw = raw if gates is None else self.gates.recall(gates, part[:, :, 1:2])[..., 0]
+            raw = raw if gates is None else self.gates.recall(gates, rows["g"])[..., 0]
             eta, keep = (r + b for r, b in zip(raw.split(1, 2), self.bias))
             eta = self.range * torch.sigmoid(eta) if self.range else F.softplus(eta)
             keep = log_sigmoid(keep) * self.decay
@@ -514,22 +518,25 @@ class Hope(nn.Module):
 class CMS(nn.Module):
     """Continuum memory: MLPs with slower and slower clocks (NL 70-74), fastest first.
 
-    outer and frozen: ordinary weights (`outer`: train() steps level i every outer_periods[i] steps).  context: every
-    sequence has its own copy, moved after each period tokens by the summed gradient of its own loss (teach()).
-    sequential: y <- y + f_i(norm y) along the chain; headwise: a learned sum; nested: sequential, and whenever a
-    slower level moves, the next faster one restarts from an initial state that moves at the slower clock.
+    outer and frozen: ordinary weights (`outer`: train() steps level i every outer_periods[i] steps).
+    context: every sequence has its own copy, moved after each period tokens by the summed gradient of its own
+    loss (teach()).
+    sequential: y <- y + f_i(norm y) along the chain; headwise: a learned sum; nested: sequential, and
+    whenever a slower level moves, the next faster one restarts from an initial state that moves at the slower
+    clock.
     """
 
     def __init__(self, cfg):
         super().__init__()
         D, h = cfg.width, cfg.hidden
         self.cfg, self.wiring, self.periods = cfg, cfg.cms_wiring, cfg.periods[:cfg.levels]
-        self.levels = nn.ModuleList(nn.ParameterList([torch.randn(h, D) * 0.02, torch.randn(D, h) * cfg.out_std])
-                                    for _ in range(cfg.levels))
+        pair = lambda: [torch.randn(h, D) * 0.02, torch.randn(D, h) * cfg.out_std]     # noqa: E731
+        self.levels = nn.ModuleList(nn.ParameterList(pair()) for _ in range(cfg.levels))
         self.mix = nn.Parameter(torch.ones(cfg.levels)) if self.wiring == "headwise" else None
 
     def start(self, B):
-        """Fast weights of a fresh context: per level its weights, momenta, rows of the period, and (nested) its start."""
+        """Fast weights of a fresh context: per level its weights, momenta, rows of the period,
+        and (nested) its start."""
         fresh = [[W.expand(B, *W.shape) for W in level] for level in self.levels]
         return [dict(W=Ws, S=[None, None], start=Ws, rows=[], slow=[], updates=0) for Ws in fresh]
 
@@ -547,13 +554,15 @@ class CMS(nn.Module):
     def collect(self, fast, taps, deltas, surprise_B):
         """Keep the (input, delta, surprise) rows of a segment that has been scored.
 
-        deltas: per level, gradient of the summed token loss at its output [B, n, D]; surprise_B: what the gate weighs.
+        deltas: per level, gradient of the summed token loss at its output [B, n, D]; surprise_B: what the
+        gate weighs.
         """
         return [dict(level, rows=level["rows"] + [(n, delta, surprise_B)])
                 for level, (n, _), delta in zip(fast, taps, deltas)]
 
     def move(self, fast, end):
-        """Move every level whose period is over at token `end` (0: all of them) -> fast, (gates open, gates seen)."""
+        """Move every level whose period is over at token `end` (0: all of them) -> fast,
+        (gates open, gates seen)."""
         opened, seen, fast = 0.0, 0, [dict(level) for level in fast]
         for i, level in enumerate(fast):
             if end % self.periods[i] or not level["rows"]:
@@ -566,14 +575,15 @@ class CMS(nn.Module):
             level.update(W=W, S=S, rows=[], updates=level["updates"] + 1)
             if self.wiring == "nested" and i + 1 < len(fast):
                 level["slow"] = level["slow"] + [(x, delta)]
-                if end % self.periods[i + 1] == 0:          # the next slower level moves now too: restart below it
+                if end % self.periods[i + 1] == 0:  # the next slower level moves now too: restart below it
                     x, delta = (torch.cat([row[j] for row in level["slow"]], 1) for j in (0, 1))
                     start = self._write(level["start"], [None, None], x, delta)[0]
                     level.update(W=start, S=[None, None], start=start, slow=[])
         return fast, (opened, seen)
 
     def _write(self, Ws, Ss, x, delta):
-        """One write of rows (x, delta) with the inner rule at keep = 1: W <- W - lr sum_t delta_t x_t^T (NL 71)."""
+        """One write of rows (x, delta) with the inner rule at keep = 1: W <- W - lr sum_t
+        delta_t x_t^T (NL 71)."""
         rule = inner_rule(self.cfg, "gd")
         through = (lambda t: t) if self.cfg.through_writes else torch.Tensor.detach
         _, inputs, slopes = recall([through(W) for W in Ws], through(x))
@@ -596,7 +606,8 @@ def sliding(cfg):
 
 MIXERS = dict(full=lambda cfg: Attention(cfg.width, cfg.heads, cfg.out_std), swa=sliding,
               deltanet=lambda cfg: DeltaNet(cfg.width, cfg.heads, cfg.out_std, False, cfg.chunk, cfg.conv),
-              gated_deltanet=lambda cfg: DeltaNet(cfg.width, cfg.heads, cfg.out_std, True, cfg.chunk, cfg.conv),
+              gated_deltanet=lambda cfg: DeltaNet(cfg.width, cfg.heads, cfg.out_std, True, cfg.chunk,
+                                                  cfg.conv),
               lmm=lambda cfg: Titans(cfg, cfg.persistent), mac=MAC, mag=MAG, mal=MAL,
               hope=Hope, hope_attention=lambda cfg: Attention(cfg.width, cfg.heads, cfg.out_std))
 
@@ -650,13 +661,14 @@ class LM(nn.Module):
     def score(self, tokens_BT, target_BT, state=None):
         """Loss in nats of every target (-1: none, 0 nats) -> (nll_BT, state, info).
 
-        Under --cms context the sequence is taken segment by segment; a segment is scored before the memories learn
-        from it.  state: continue a context (None: fresh).
+        Under --cms context the sequence is taken segment by segment; a segment is scored before the memories
+        learn from it.  state: continue a context (None: fresh).
         """
         if self.cfg.cms != "context" or not self.cfg.levels:
             logits, state = (self(tokens_BT), None) if state is None else self(tokens_BT, state)
             return nll(logits, target_BT), state, dict(gates=getattr(self, "gates", (0.0, 0)))
-        state, parts, lo, period = state or self.fresh(len(tokens_BT)), [], 0, min(self.cfg.periods[:self.cfg.levels])
+        state, parts, lo = state or self.fresh(len(tokens_BT)), [], 0
+        period = min(self.cfg.periods[:self.cfg.levels])
         info = dict(gates=[0.0, 0], teach=0.0)
         while lo < tokens_BT.shape[1]:
             at = slice(lo, lo + period - state["at"] % period)
@@ -672,7 +684,8 @@ class LM(nn.Module):
         return torch.cat(parts, 1), state, info
 
     def teach(self, state, logits, target, part, info):
-        """Hand each CMS level its teach signal: dL/d(level output), or the head's (softmax - onehot) W for all.
+        """Hand each CMS level its teach signal: dL/d(level output), or the head's
+        (softmax - onehot) W for all.
 
         L sums over tokens: signal and gate do not depend on batch or length.  Clipped per token, then scaled.
         """
@@ -687,9 +700,9 @@ class LM(nn.Module):
         if cfg.teach_clip:
             deltas = [d * (cfg.teach_clip / n.clamp(min=cfg.teach_clip)) for d, n in zip(deltas, sizes)]
         supervised = (target >= 0).sum(1).clamp(min=1)
-        how_surprising = dict(loss=lambda: part.detach().sum(1) / supervised,
-                              delta=lambda: torch.stack(sizes).mean((0, 2, 3)),
-                              entropy=lambda: torch.distributions.Categorical(logits=logits.detach()).entropy().mean(1))
+        doubt = torch.distributions.Categorical(logits=logits.detach()).entropy
+        how_surprising = dict(loss=lambda: part.detach().sum(1) / supervised, entropy=lambda: doubt().mean(1),
+                              delta=lambda: torch.stack(sizes).mean((0, 2, 3)))
         surprise_B = how_surprising[cfg.surprise]()
         info["teach"] = torch.stack(sizes).mean().detach()
         moved, K = [], cfg.levels
@@ -701,13 +714,15 @@ class LM(nn.Module):
         return dict(state, blocks=moved)
 
     def remember(self, state, paths=("titan", "cms")):
-        """What a context leaves behind: fast weights only (unfinished chunks written), no caches, no positions."""
+        """What a context leaves behind: fast weights only (unfinished chunks written),
+        no caches or positions."""
         blocks = []
         for block, past in zip(self.blocks, state["blocks"]):
             kept = dict(mixer=fast_weights(block.mixer, past["mixer"])) if "titan" in paths else {}
             if past.get("fast") is not None:
                 fast = past["fast"]
-                kept["fast"] = block.cms.move(fast, 0)[0] if "cms" in paths else block.cms.start(len(fast[0]["W"][0]))
+                fresh = block.cms.start(len(fast[0]["W"][0]))
+                kept["fast"] = block.cms.move(fast, 0)[0] if "cms" in paths else fresh
             blocks.append(kept)
         return dict(at=0, blocks=blocks)
 
@@ -726,23 +741,6 @@ def fast_weights(module, state):
     return kept
 
 
-def sum_gates(tree):
-    """(gates open, gates seen) over all Memory states in a tree of dicts."""
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    if isinstance(tree, tuple) and len(tree) == 4 and isinstance(tree[3], list):
-        return float(tree[3][0]), tree[3][1]
-    pairs = [sum_gates(t) for t in tree] if isinstance(tree, list) else []
-    return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
-
-
-def teach_signal(logits_BTV, target_BT, head_VD):
-    """dL/dh at the head's input for the summed cross entropy: (softmax(z) - onehot(y)) W, 0 where there is no target."""
-    p = logits_BTV.softmax(-1)
-    p = p - F.one_hot(target_BT.clamp(min=0), p.shape[-1])
-    return (p * (target_BT >= 0)[..., None]) @ head_VD
-
-
 def build(cfg):
     """The model of a Config; --params sizes the feed-forward to that many parameters (within 1%)."""
     return LM(sized(cfg))
@@ -756,7 +754,8 @@ def sized(cfg):
     hidden = cfg.hidden + (cfg.params - count(cfg)) / rows
     cfg = dataclasses.replace(cfg, hidden_width=max(8, 8 * round(hidden / 8)))
     if abs(count(cfg) / cfg.params - 1) > 0.01:
-        raise run.UserError(f"--params {cfg.params}: width {cfg.width} x depth {cfg.depth} cannot come within 1% of it")
+        raise run.UserError(f"--params {cfg.params}: no feed-forward at width {cfg.width} and depth "
+                            f"{cfg.depth} comes within 1% of it")
     return cfg
 
 
@@ -778,7 +777,8 @@ def open_data(cfg):
     else:
         data = text.Text(text.documents(cfg.data), BPE.load(cfg.tokenizer) if cfg.tokenizer else BPE())
     if data.vocab_size > cfg.vocab:
-        raise run.UserError(f"the data has {data.vocab_size} tokens, the model {cfg.vocab}; try --vocab {data.vocab_size}")
+        raise run.UserError(f"the data has {data.vocab_size} tokens, the model {cfg.vocab}; "
+                            f"try --vocab {data.vocab_size}")
     return data
 
 
@@ -811,15 +811,16 @@ def check(cfg, ddp):
         raise run.UserError(f"--inner {cfg.inner} has no exact token form; add --boundary")
     if cfg.cms_wiring == "nested" and cfg.cms != "context":
         raise run.UserError("--cms-wiring nested restarts levels inside a context; add --cms context")
-    if cfg.levels and len(cfg.periods) < cfg.levels or cfg.cms == "outer" and len(cfg.outer_periods) < cfg.levels:
+    if len(cfg.periods) < cfg.levels or cfg.cms == "outer" and len(cfg.outer_periods) < cfg.levels:
         raise run.UserError(f"--cms-levels {cfg.levels} needs that many --periods and --outer-periods")
-    if any(p % cfg.periods[0] or p < cfg.periods[0] for p in cfg.periods[:cfg.levels]) and cfg.cms == "context":
+    periods = cfg.periods[:cfg.levels]
+    if any(p % periods[0] or p < periods[0] for p in periods) and cfg.cms == "context":
         raise run.UserError(f"--periods {cfg.periods}: each must be a multiple of the first")
     if cfg.cms == "context" and cfg.levels and ddp.world > 1 and cfg.shard == "fsdp2":
         raise run.UserError("--cms context keeps a copy of the weights a sequence; use --shard ddp or zero1")
     for T in cfg.curriculum or ():
         if cfg.batch * cfg.length % T:
-            raise run.UserError(f"--curriculum {T}: {cfg.batch} rows of {cfg.length} are no whole number of rows of {T}")
+            raise run.UserError(f"--curriculum {T}: {cfg.batch} rows of {cfg.length} make no whole row")
     if cfg.task == "recall" and cfg.length < 64:
         raise run.UserError("--task recall needs --length 64 or more")
 
@@ -846,15 +847,18 @@ def teach_rate(cfg, step):
 def level_period(cfg, name):
     """Optimizer steps between moves of a parameter: the outer clock of its CMS level."""
     parts = name.split(".")
-    return cfg.outer_periods[int(parts[parts.index("levels") + 1])] if cfg.cms == "outer" and "levels" in parts else 1
+    slow = cfg.cms == "outer" and "levels" in parts
+    return cfg.outer_periods[int(parts[parts.index("levels") + 1])] if slow else 1
 
 
 def free_fields():
-    return {f.name for f in dataclasses.fields(Config) if f.metadata.get("free")} | {"out", "device", "wandb", "json"}
+    free = {f.name for f in dataclasses.fields(Config) if f.metadata.get("free")}
+    return free | {"out", "device", "wandb", "json"}
 
 
 def train(cfg):
     ddp = run.init(cfg.device)
+    run.keep_freed_memory()                         # a step makes and frees the same few thousand tensors
     check(cfg, ddp)
     data = open_data(cfg)
     run.seed_all(cfg.seed)
@@ -872,8 +876,9 @@ def train(cfg):
     log = run.Log(cfg, ddp, need_gb=2e-9 * 4 * 3 * size, data=data.facts)
     start = run.load(cfg.out, state, ddp, own)
     log("start", params=size, optimizer=cfg.optimizer, matrix_params=outer.counts["matrix"],
-        rest_params=outer.counts["rest"], bf16=cfg.bf16 and ddp.device.type == "cuda", sdpa=True, compile=cfg.compile,
-        remat=cfg.remat, shard=cfg.shard, bytes_per_token=data.bytes_per_token, resumed_at=start)
+        rest_params=outer.counts["rest"], bf16=cfg.bf16 and ddp.device.type == "cuda", sdpa=True,
+        compile=cfg.compile, remat=cfg.remat, shard=cfg.shard, bytes_per_token=data.bytes_per_token,
+        resumed_at=start)
     moves, open_sum, seen_sum, tick, done = {}, 0.0, 0, time.time(), start
     for step in run.progress(start, cfg.steps, ddp):
         run.seed_all(cfg.seed, ddp.rank, step)
@@ -902,8 +907,9 @@ def train(cfg):
             loss = float(run.all_mean(loss, ddp))
             run.check_finite(step, loss=loss, grad_norm=norm)
             speed = (step - done) * cfg.batch * cfg.length / (time.time() - tick)
-            log("train", step=step, loss=loss, ppl=math.exp(min(loss, 50)), bpb=loss / math.log(2) / data.bytes_per_token,
-                lr=cfg.lr * rate(cfg, step), grad_norm=float(norm), teach_norm=float(info.get("teach", 0.0)), length=T,
+            log("train", step=step, loss=loss, ppl=math.exp(min(loss, 50)), length=T,
+                bpb=loss / math.log(2) / data.bytes_per_token, lr=cfg.lr * rate(cfg, step),
+                grad_norm=float(norm), teach_norm=float(info.get("teach", 0.0)),
                 updates=moves, gate_open=open_sum / seen_sum if seen_sum else None, tok_s=round(speed, 1),
                 eta_h=(cfg.steps - step) * cfg.batch * cfg.length / speed / 3600,
                 mem_gb=torch.cuda.max_memory_allocated() / 1e9 if ddp.device.type == "cuda" else None)
@@ -924,7 +930,7 @@ def train(cfg):
 
 @torch.no_grad()
 def validate_loss(net, data, cfg, ddp, rows=0, T=0):
-    """Loss, bits per byte, accuracy of scored tokens and loss by position over held-out rows (0: all of them)."""
+    """Loss, bits per byte, accuracy of scored tokens, loss by position over held-out rows (0: all)."""
     T = T or cfg.length
     net.eval()
     tokens, target = pairs(data.validation(T), "cpu")
@@ -948,7 +954,9 @@ def validate_loss(net, data, cfg, ddp, rows=0, T=0):
     by_position = {f"{a}-{b}": share(0, a, b) for a, b in zip(edges, edges[1:]) if sums[2, a:b].sum()}
     found = dict(val_loss=loss, val_bpb=loss / math.log(2) / data.bytes_per_token, val_rows=len(tokens),
                  loss_by_position=by_position)
-    return found if cfg.task == "text" else dict(found, accuracy=share(1, 0, T), accuracy_second_half=share(1, T // 2, T))
+    if cfg.task != "text":
+        found.update(accuracy=share(1, 0, T), accuracy_second_half=share(1, T // 2, T))
+    return found
 
 
 # --- sample, evaluate, plan, verify, ablate --------------------------------------------------------
@@ -958,7 +966,8 @@ def load_run(folder, device="cpu"):
     """(net in eval mode, cfg) of a finished run."""
     tensors, meta = run.load_weights(pathlib.Path(folder) / "weights.safetensors")
     known = {f.name for f in dataclasses.fields(Config)}
-    cfg = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items() if k in known})
+    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()}
+    cfg = Config(**{k: v for k, v in saved.items() if k in known})
     net = LM(cfg)
     net.load_state_dict(tensors)
     return net.to(device).eval(), cfg
@@ -971,7 +980,7 @@ def place(cfg):
 
 @torch.no_grad()
 def generate(net, ids, n, temperature=0.0, seed=0, stop=None, state=None):
-    """Continue a list of token ids by up to n tokens -> list; the state is carried, so a token costs O(1) in length."""
+    """Continue a list of token ids by up to n tokens -> list; the carried state makes a token O(1)."""
     draw, made = run.generator(seed), []
     step = torch.tensor([ids], device=net.embed.device)
     state = state or net.fresh(1)
@@ -999,7 +1008,7 @@ def sample(cfg):
 
 
 def evaluate(cfg):
-    """All validation rows: loss, bits per byte, loss by position.  Zero-shot tasks, RULER and more: python -m eval.lm."""
+    """All validation rows: loss, bits per byte, loss by position.  Tasks, RULER: python -m eval.lm."""
     ddp = run.init(cfg.device)
     net, saved = load_run(place(cfg), ddp.device)
     data = open_data(dataclasses.replace(saved, data=cfg.data or saved.data))
@@ -1014,26 +1023,11 @@ def evaluate(cfg):
 
 def plan(cfg):
     cfg = sized(cfg)
-    P, D, K, tokens = count(cfg), cfg.width, cfg.width // cfg.heads, cfg.batch * cfg.length
-    memories = dict(lmm=1, mac=1, mag=1, mal=1, hope=1 + len(set(cfg.adapt) & set("qkv")) + ("g" in cfg.adapt) / 2)
-    memories = memories.get(cfg.variant, 0)
-    window = cfg.window * (cfg.variant in ("swa", "mag", "mal"))
-    seen = cfg.length / 2 if cfg.variant in ("full", "hope_attention") else window
-    per_token = memories * D * (14 * cfg.memory_width * K + 12 * cfg.chunk)     # recalls and writes; Gram terms
-    flops = 6 * P * tokens + 6 * cfg.depth * tokens * (per_token + 2 * D * seen)
-    rows, moves = cfg.micro or cfg.batch, sum(cfg.length / p for p in cfg.periods[:cfg.levels])
-    gb = dict(boundary_states_gb=rows * cfg.depth * cfg.length / cfg.chunk * memories * 4 * cfg.memory_width * K * D,
-              cms_copies_gb=rows * cfg.depth * moves * 2 * cfg.hidden * D if cfg.cms == "context" else 0,
-              activations_gb=rows * cfg.length * (D * cfg.depth * (2 if cfg.remat == "block" else 40) + 3 * cfg.vocab))
-    gb = {k: 4e-9 * v for k, v in gb.items()}
-    states = dict(muon=1, adamw=2, m3=5)[cfg.optimizer]
-    run.print_plan(cfg, dict(params=P, hidden=cfg.hidden, flops_per_step=float(flops), tokens=tokens * cfg.steps, **gb,
-                             memory_gb_per_rank=P * 4e-9 * (2 + states) + sum(gb.values()),
-                             disk_gb=P * 4e-9 * (3 + 2 * states), hours_at_mfu=flops * cfg.steps / (0.4 * 989e12) / 3600))
+    run.print_plan(cfg, cost.estimate(cfg, count(cfg)))
 
 
 def verify(cfg):
-    """Re-hash every checkpoint of a run; --strict: config, tokenizer, data and RNG records too.  Exit 1 on a problem."""
+    """Re-hash a run's checkpoints; --strict: config, tokenizer, data and RNG too.  Exit 1: a problem."""
     whole, problems = sidecar.verify(place(cfg), cfg.strict, free_fields())
     print("\n".join(problems) or f"{whole} checkpoints whole")
     if problems:
@@ -1049,68 +1043,50 @@ ABLATIONS = {
     "inner": {name: dict(inner=name, boundary="delta_m" in name or name == "dmgd")
               for name in ("gd", "momentum", "dgd", "dgd_momentum", "delta_momentum", "dmgd")},
     "backbone": {name: dict(variant=name) for name in VARIANTS},
-    "paper": {"full": {}, "no DGD": dict(inner="momentum"), "no momentum": dict(inner="dgd"), "no decay": dict(decay=False),
+    "paper": {"full": {}, "no DGD": dict(inner="momentum"), "no momentum": dict(inner="dgd"),
+              "no decay": dict(decay=False),
               "no CMS": dict(cms_levels=0), "k slow": dict(adapt="vg"), "v slow": dict(adapt="kg"),
               "q adaptive": dict(adapt="kvqg")},
 }
 
 
 def ablate(cfg):
-    """Train the arms of a named ablation at one parameter budget, same seeds and data order -> table.md, table.json."""
-    name = cfg.words[0] if cfg.words else ""
+    """Train the arms of an ablation (or those named) at one parameter budget, same seeds and data order.
+
+    The table of the arms so far stands in OUT/NAME/table.md and table.json; the same command continues.
+    """
+    name, *chosen = cfg.words or ("",)
     if name not in ABLATIONS:
         raise run.UserError(run.unknown("ablation", name, ABLATIONS))
+    for arm in chosen:
+        if arm not in ABLATIONS[name]:
+            raise run.UserError(run.unknown("arm", arm, ABLATIONS[name]))
     budget, rows, root = cfg.params or count(cfg), {}, pathlib.Path(cfg.out) / name
-    for arm, changes in ABLATIONS[name].items():
+    for arm in chosen or ABLATIONS[name]:
         rows[arm] = []
         for seed in range(cfg.seeds):
-            out = str(root / arm.replace(" ", "_") / str(seed))
-            one = dataclasses.replace(cfg, params=budget, seed=seed, words=(), out=out, **changes)
-            if not (pathlib.Path(one.out) / "weights.safetensors").exists():
+            out = root / arm.replace(" ", "_") / str(seed)
+            one = dataclasses.replace(cfg, params=budget, seed=seed, words=(), out=str(out),
+                                      **ABLATIONS[name][arm])
+            if not (out / "weights.safetensors").exists():
                 train(one)
-            log = [json.loads(line) for line in (pathlib.Path(one.out) / "log.jsonl").read_text().splitlines()]
+            log = [*map(json.loads, (out / "log.jsonl").read_text().splitlines())]
             last = [r for r in log if r["kind"] == "eval"][-1]
-            rows[arm].append(dict(val_bpb=last["val_bpb"], accuracy=last.get("accuracy"), time_s=log[-1]["time_s"],
-                                  params=count(sized(one))))
-    table = [f"# {name}: {cfg.steps} steps of {cfg.batch} x {cfg.length}, {cfg.seeds} seeds", "",
-             "| arm | parameters | bits per byte, mean | s.d. | seconds |", "|---|---|---|---|---|"]
-    for arm, runs in rows.items():
-        bpb = np.array([r["val_bpb"] for r in runs])
-        table.append(f"| {arm} | {runs[0]['params']:,} | {bpb.mean():.4f} | {bpb.std(ddof=1) if len(bpb) > 1 else 0:.4f} "
-                     f"| {np.mean([r['time_s'] for r in runs]):.0f} |")
-    (root / "table.json").write_text(json.dumps(rows, indent=1))
-    (root / "table.md").write_text("\n".join(table) + "\n")
-    print("\n".join(table))
+            rows[arm].append(dict(val_bpb=last["val_bpb"], accuracy=last.get("accuracy"),
+                                  time_s=log[-1]["time_s"], params=count(sized(one)),
+                                  loss_by_position=last["loss_by_position"]))
+        title = f"{name}: {cfg.steps} steps of {cfg.batch} x {cfg.length}, {cfg.seeds} seeds"
+        table = cost.table(title, rows)
+        (root / "table.json").write_text(json.dumps(rows, indent=1))
+        (root / "table.md").write_text(table)
+    print(table, end="")
 
 
-# --- data commands, main ---------------------------------------------------------------------------
-
-
-def make_corpus(cfg):
-    """Filter and deduplicate --data (text, folder or sources.json) into OUT/NAME.jsonl, OUT/sources.json, counts.json."""
-    corpus.build(cfg.data, cfg.out, cfg.min_english)
-
-
-def make_tokenizer(cfg):
-    """Train a byte-level BPE of --vocab tokens on --data; a coverage.json already in --out guards against a worse one."""
-    corpus.train_tokenizer(cfg.data, cfg.out, cfg.vocab)
-
-
-def make_shards(cfg):
-    """Tokenise the sources of --data into rows of --length + 1 tokens under --out, with a manifest."""
-    text.shard(corpus.sources(cfg.data), BPE.load(cfg.tokenizer) if cfg.tokenizer else BPE(), cfg.out, cfg.length)
-
-
-def validate(cfg):
-    """Check the shards of --data: files, hashes, counts, licences, overlap, and the texts after the command as held out."""
-    root = pathlib.Path(cfg.data)
-    bpe = BPE.load(root / "tokenizer.json")
-    problems = corpus.validate(root, {w: bpe.encode("\n".join(text.documents(w))) for w in cfg.words})
-    print("\n".join(problems) or f"{root}: no problems")
-    if problems:
-        raise SystemExit(1)
+# --- main ------------------------------------------------------------------------------------------
 
 
 if __name__ == "__main__":
-    run.main(Config, PRESETS, dict(train=train, sample=sample, evaluate=evaluate, plan=plan, verify=verify, ablate=ablate,
-                                   corpus=make_corpus, tokenizer=make_tokenizer, shard=make_shards, validate=validate))
+    run.main(Config, PRESETS, dict(
+        train=train, sample=sample, evaluate=evaluate, plan=plan, verify=verify, ablate=ablate,
+        corpus=corpus.make_corpus, tokenizer=corpus.make_tokenizer, shard=corpus.make_shards,
+        validate=corpus.make_check))

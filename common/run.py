@@ -15,6 +15,7 @@ common/ckpt.py; scripts say `from common import run` and find all of it here.
 
 import atexit
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import json
@@ -113,6 +114,14 @@ def init(device="auto"):
         # gloo beside nccl: flags such as "stop now" travel over the CPU without stalling the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     return Ranks(rank, world, where)
+
+
+def keep_freed_memory():
+    """Let glibc keep what tensors free for the next ones: a page handed back costs a fault a step when it returns."""
+    with contextlib.suppress(OSError, AttributeError):      # not glibc: its allocator stays as it is
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)                           # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)                     # M_TRIM_THRESHOLD
 
 
 def per_rank(total, ddp, flag):

@@ -18,10 +18,12 @@ def domains(seed=0, size=20_000):
     def brackets(depth=0):
         return "".join(a + (brackets(depth + 1) if depth < 4 and d.random() < 0.6 else "") + b
                        for a, b in (("()", "[]", "{}")[d.integers(3)] for _ in range(d.integers(1, 3))))
+    plus = lambda a, b: f"{a}+{b}={a + b}\n"     # noqa: E731
     make = dict(prose=lambda: "The " + " ".join(d.choice(words, 7)) + ". ",
                 code=lambda: f"def {d.choice(words)}(x):\n    return x + {d.integers(100)}\n",
-                dialogue=lambda: f"{d.choice(people)}: is the {d.choice(words)} near the {d.choice(words)}?\n",
-                arithmetic=lambda: (lambda a, b: f"{a}+{b}={a + b}\n")(int(d.integers(50)), int(d.integers(50))),
+                dialogue=lambda: f"{d.choice(people)}: is the {d.choice(words)} near the "
+                                 f"{d.choice(words)}?\n",
+                arithmetic=lambda: plus(int(d.integers(50)), int(d.integers(50))),
                 brackets=lambda: brackets() + "\n")
     texts = {}
     for name, one in make.items():
@@ -32,7 +34,8 @@ def domains(seed=0, size=20_000):
 
 
 def continual(net, bpe, length, steps, batch=4, lr=1e-3, seed=0):
-    """Train a copy of the net through the domains in turn -> loss matrices a[i][j] (domain i after training through j).
+    """Train a copy of the net through the domains in turn -> loss matrices a[i][j] (domain i
+    after training through j).
 
     "on": fast weights learn while scoring; "off": their gates are shut.  Forgetting is final minus best loss.
     """
@@ -50,11 +53,13 @@ def continual(net, bpe, length, steps, batch=4, lr=1e-3, seed=0):
             opt.zero_grad()
         for key, threshold in (("on", net.cfg.surprise_threshold), ("off", 1e9)):
             with torch.no_grad(), gates(net, threshold):
-                matrices[key].append([float(objective(*hope_lm.pairs(s.validation(length)[:8], "cpu"))) for s in streams.values()])
+                matrices[key].append([float(objective(*hope_lm.pairs(s.validation(length)[:8], "cpu")))
+                                      for s in streams.values()])
     found = dict(domains=list(streams), steps=steps)
     for key, after in matrices.items():
         a = np.array(after).T
-        found[key] = dict(matrix=a.tolist(), mean_final=float(a[:, -1].mean()), forgetting=(a[:, -1] - a.min(1)).tolist(),
+        found[key] = dict(matrix=a.tolist(), mean_final=float(a[:, -1].mean()),
+                          forgetting=(a[:, -1] - a.min(1)).tolist(),
                           backward_transfer=float(np.mean([a[i, i] - a[i, -1] for i in range(len(a) - 1)])))
     return found
 

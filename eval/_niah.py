@@ -1,7 +1,7 @@
 """Needles in haystacks in RULER's format, and the passkey prompt: text, references, one distractor.
 
-RULER (github.com/NVIDIA/RULER) fixes wording, haystacks and counts; lengths are tokens of the model's own tokenizer,
-found by bisection so that prompt and 128 generated tokens fit.
+RULER (github.com/NVIDIA/RULER) fixes wording, haystacks and counts; lengths are tokens of the model's own
+tokenizer, found by bisection so that prompt and 128 generated tokens fit.
 """
 
 import uuid
@@ -9,20 +9,28 @@ import uuid
 from common.hope.text import rng
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-ADJECTIVES = "able brave calm dark eager fine glad huge idle keen late mild neat odd pale quick rare shy tall warm".split()
-NOUNS = "apple bird cloud door eagle field glass house island jewel king lamp moon night ocean pearl queen road ship tower".split()
+ADJECTIVES = ("able brave calm dark eager fine glad huge idle keen late mild neat odd pale quick rare shy "
+              "tall warm").split()
+NOUNS = ("apple bird cloud door eagle field glass house island jewel king lamp moon night ocean pearl queen "
+         "road ship tower").split()
 
 # variant: (haystack, kind of key, kind of value, keys, values a key, keys asked for)
-VARIANTS = {"single_1": ("noise", "words", "numbers", 1, 1, 1), "single_2": ("essay", "words", "numbers", 1, 1, 1),
-            "single_3": ("essay", "words", "uuids", 1, 1, 1), "multikey_1": ("essay", "words", "numbers", 4, 1, 1),
-            "multikey_2": ("needle", "words", "numbers", 1, 1, 1), "multikey_3": ("needle", "uuids", "uuids", 1, 1, 1),
-            "multivalue": ("essay", "words", "numbers", 1, 4, 1), "multiquery": ("essay", "words", "numbers", 4, 1, 4)}
+VARIANTS = {"single_1": ("noise", "words", "numbers", 1, 1, 1),
+            "single_2": ("essay", "words", "numbers", 1, 1, 1),
+            "single_3": ("essay", "words", "uuids", 1, 1, 1),
+            "multikey_1": ("essay", "words", "numbers", 4, 1, 1),
+            "multikey_2": ("needle", "words", "numbers", 1, 1, 1),
+            "multikey_3": ("needle", "uuids", "uuids", 1, 1, 1),
+            "multivalue": ("essay", "words", "numbers", 1, 4, 1),
+            "multiquery": ("essay", "words", "numbers", 4, 1, 4)}
 
 
 def make(kind, draw):
     if kind == "words":
         return f"{draw.choice(ADJECTIVES)}-{draw.choice(NOUNS)}"
-    return str(draw.integers(10**6, 10**7)) if kind == "numbers" else str(uuid.UUID(bytes=draw.bytes(16), version=4))
+    if kind == "numbers":
+        return str(draw.integers(10**6, 10**7))
+    return str(uuid.UUID(bytes=draw.bytes(16), version=4))
 
 
 def sentence(kind, key, value):
@@ -39,7 +47,8 @@ def longest(fits, high):
 
 
 def ruler_prompt(variant, length, depth, draw, count, essay, reserve=128):
-    """-> dict(prompt, answers, distractor).  depth in [0, 1]: where the first needle stands; count: text -> tokens."""
+    """-> dict(prompt, answers, distractor).  depth in [0, 1]: where the first needle stands;
+    count: text -> tokens."""
     haystack, key_kind, value_kind, n_keys, n_values, n_asked = VARIANTS[variant]
     keys = []
     while len(keys) < n_keys:
@@ -53,9 +62,11 @@ def ruler_prompt(variant, length, depth, draw, count, essay, reserve=128):
     query = asked[0] if len(asked) == 1 else ", ".join(asked[:-1]) + ", and " + asked[-1]
     one = len(answers) == 1
     kind = value_kind[:-1] if one else value_kind
-    head = (f"{'A' if one else 'Some'} special magic {kind} {'is' if one else 'are'} hidden within the following text. Make sure to "
+    head = (f"{'A' if one else 'Some'} special magic {kind} {'is' if one else 'are'} hidden within the "
+            f"following text. Make sure to "
             f"memorize it. I will quiz you about the {kind} afterwards.\n")
-    tail = (f"\nWhat {'is' if one else 'are all'} the special magic {kind} for {query} mentioned in the provided text? The special "
+    tail = (f"\nWhat {'is' if one else 'are all'} the special magic {kind} for {query} mentioned in the "
+            f"provided text? The special "
             f"magic {kind} for {query} mentioned in the provided text {'is' if one else 'are'}")
     words, salt = essay.split(), int(draw.integers(1 << 30))
 
@@ -79,7 +90,8 @@ def ruler_prompt(variant, length, depth, draw, count, essay, reserve=128):
 
 def passkey_prompt(key, length, depth, count):
     """Landmark-attention's prompt with the key at a relative depth, as long as fits in `length` tokens."""
-    head = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about "
+    head = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+            "I will quiz you about "
             "the important information there.\n")
     info = f"The pass key is {key}. Remember it. {key} is the pass key.\n"
     tail = "What is the pass key? The pass key is"

@@ -25,7 +25,8 @@ def arc(d):
 def csqa(d):
     texts, gold, question = lettered(d, "question")
     letters = [chr(65 + i) for i in range(len(texts))]
-    return f"Question: {question.strip()}\n" + "".join(f"{a}. {t}\n" for a, t in zip(letters, texts)) + "Answer:", letters, gold
+    listed = "".join(f"{a}. {t}\n" for a, t in zip(letters, texts))
+    return f"Question: {question.strip()}\n{listed}Answer:", letters, gold
 
 
 def openbookqa(d):
@@ -43,7 +44,8 @@ CHOICE = {                                          # item -> (context, choices,
     "hellaswag": hellaswag, "arc_easy": arc, "arc_challenge": arc, "csqa": csqa, "openbookqa": openbookqa,
     "boolq": lambda d: (f"{d['passage']}\nQuestion: {d['question']}?\nAnswer:", ["no", "yes"],
                         int(d["label"] if "label" in d else d["answer"])),
-    "siqa": lambda d: (f"Q: {d['context']} {d['question']}\nA:", [d["answerA"], d["answerB"], d["answerC"]], int(d["label"]) - 1)}
+    "siqa": lambda d: (f"Q: {d['context']} {d['question']}\nA:", [d["answerA"], d["answerB"], d["answerC"]],
+                       int(d["label"]) - 1)}
 NORMED = {"hellaswag", "arc_challenge"}             # the paper's column is acc_norm
 MEAN8 = ("lambada", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "siqa", "boolq")
 
@@ -52,7 +54,8 @@ def multiple_choice(scorer, item):
     """(hit of acc, hit of acc_norm): argmax of the summed log p, and of it over the choice's characters."""
     context, choices, gold = item
     scores = [scorer.loglikelihood(context, " " + c)[0] for c in choices]
-    return int(np.argmax(scores) == gold), int(np.argmax([s / len(c) for s, c in zip(scores, choices)]) == gold)
+    by_length = [s / len(c) for s, c in zip(scores, choices)]
+    return int(np.argmax(scores) == gold), int(np.argmax(by_length) == gold)
 
 
 def winogrande(scorer, d):
@@ -65,16 +68,17 @@ def winogrande(scorer, d):
 
 def detokenize(page):
     """WikiText's page without its tokenisation artefacts, as lm-eval does it."""
-    for a, b in (("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" : ", ": "), (" ; ", "; "), (" . ", ". "),
-                 (" ! ", "! "), (" ? ", "? "), (" , ", ", ")):
+    for a, b in (("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" : ", ": "), (" ; ", "; "),
+                 (" . ", ". "), (" ! ", "! "), (" ? ", "? "), (" , ", ", ")):
         page = page.replace(a, b)
         if a == "s '":
             page = re.sub(r"/' [0-9]/", r"/'[0-9]/", page)
-    for pattern, to in ((r"\(\s*([^\)]*?)\s*\)", r"(\1)"), (r"\[\s*([^\]]*?)\s*\]", r"[\1]"), (r"{\s*([^}]*?)\s*}", r"{\1}"),
+    for pattern, to in ((r"\(\s*([^\)]*?)\s*\)", r"(\1)"), (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
+                        (r"{\s*([^}]*?)\s*}", r"{\1}"),
                         (r"\"\s*([^\"]*?)\s*\"", r'"\1"'), (r"'\s*([^']*?)\s*'", r"'\1'")):
         page = re.sub(pattern, to, page)
-    for a, b in (("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" " + chr(176) + " ", chr(176)), (" \n", "\n"),
-                 ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")):
+    for a, b in (("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" " + chr(176) + " ", chr(176)),
+                 (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")):
         page = page.replace(a, b)
     return page
 
@@ -94,7 +98,8 @@ def zero_shot(scorer, folder, items):
             found[task] = dict(n=len(rows), word_ppl=math.exp(-sum(scores) / words))
         elif task == "lambada":
             pairs = [scorer.loglikelihood(*re.match(r"(?s)(.*)( \S+)$", d["text"]).groups()) for d in rows]
-            found[task] = dict(n=len(rows), acc=np.mean([g for _, g in pairs]), ppl=math.exp(-np.mean([s for s, _ in pairs])))
+            found[task] = dict(n=len(rows), acc=np.mean([g for _, g in pairs]),
+                               ppl=math.exp(-np.mean([s for s, _ in pairs])))
         elif task == "winogrande":
             found[task] = dict(n=len(rows), acc=np.mean([winogrande(scorer, d) for d in rows]))
         else:
@@ -109,5 +114,6 @@ def zero_shot(scorer, folder, items):
 
 def interval(p, n, z=1.96):
     """Wilson 95% interval of a share."""
-    centre, half = (p + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return [max(0.0, centre - half), min(1.0, centre + half)]

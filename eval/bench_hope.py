@@ -1,38 +1,78 @@
-"""Training speed of hope_lm on this machine, one thread: HOPE, its peers, and HOPE's cost against sequence length.
+"""Training speed of hope_lm on this machine, one thread: HOPE, its peers, its cost against
+length, and the reference.
 
-    python -m eval.bench_hope --json bench_hope.json [--steps 3] [--lengths 256,512,1024,2048,4096]
+    python -m eval.bench_hope --json bench_hope.json [--rounds 3] [--lengths 256,4096] [--reference DIR]
 
-Config: V 256, D 256, L 4, H 4, T 512, batch 4, CMS 4 x 4, random bytes; a step is forward, backward through the
-writes and AdamW.  Time is process time: the cores are shared and a wall clock would count other people's work.  The
-cost against length keeps 4 rows and makes them longer (D 128, L 2).  Cases of a round run one after the other and
-ratios are taken within the round (median over rounds).  The ratio to the reference (kmccleary3301/nested_learning)
-is not run here: a rate measured on another machine is no basis for one.
+Config: V 256, D 256, L 4, H 4, T 512, batch 4, CMS 4 x 4, random bytes; a step is forward, backward through
+the writes
+and AdamW.  Time is process time: the cores are shared and a wall clock would count other people's work.  The
+cost against length keeps 4 rows and makes them longer (D 128, L 2).  Cases of a round run one after the other
+and ratios are taken within the round (median over rounds).
+
+DIR (or ONEFILE_NESTED_LEARNING): a checkout of github.com/kmccleary3301/nested_learning; needs omegaconf.
+Its step is that of its training loop, offline: forward, backward, clip, AdamW, teach signal, second forward
+with the writes.
 """
 
 import argparse
 import json
+import os
+import pathlib
 import statistics
+import sys
 import time
 
 import torch
+import torch.nn.functional as F
 
 import hope_lm as h
+from common import run
 
+SIZE = dict(width=256, depth=4, heads=4, chunk=64, chunk_self=64)
 CASES = {"hope": dict(variant="hope"), "hope, CMS width 2D": dict(variant="hope", cms_mult=2.0),
-         "hope_attention": dict(variant="hope_attention"), "lmm": dict(variant="lmm"), "deltanet": dict(variant="deltanet"),
-         "swa": dict(variant="swa"), "full": dict(variant="full")}
+         "hope_attention": dict(variant="hope_attention"), "lmm": dict(variant="lmm"),
+         "deltanet": dict(variant="deltanet"), "swa": dict(variant="swa"), "full": dict(variant="full")}
+REFERENCE = ("transformer", "hope_attention", "hope_selfmod")
 
 
 def stepper(batch=4, T=512, **kw):
-    """A function that runs one training step of a fresh net on random bytes -> tokens of it; and the parameter count."""
+    """A function that runs one training step of a fresh net on random bytes -> tokens of it;
+    and the parameter count."""
     torch.manual_seed(0)
-    net = h.LM(h.Config(**{**dict(width=256, depth=4, heads=4, chunk=64, chunk_self=64), **kw}))
+    net = h.LM(h.Config(**{**SIZE, **kw}))
     opt, data = torch.optim.AdamW(net.parameters()), torch.randint(0, 256, (batch, T + 1))
 
     def step():
         net.score(data[:, :-1], data[:, 1:])[0].mean().backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         opt.step()
         opt.zero_grad()
+        return batch * T
+    return step, sum(p.numel() for p in net.parameters())
+
+
+def reference(root, variant, batch=4, T=512):
+    """The same for the reference's block of that name, in the order of its own offline training step."""
+    sys.path.insert(0, str(pathlib.Path(root) / "src"))
+    from nested_learning.levels import LevelSpec
+    from nested_learning.model import HOPEModel, ModelConfig
+    from nested_learning.training import compute_teach_signal
+    level = lambda name, period: LevelSpec(name=name, update_period=period)     # noqa: E731
+    torch.manual_seed(0)
+    net = HOPEModel(ModelConfig(
+        vocab_size=256, dim=256, num_layers=4, heads=4, titan_level=level("titan", 8), block_variant=variant,
+        cms_levels=[level(f"cms{p}", p) for p in (8, 32, 128, 512)], teach_scale=0.1, teach_clip=5.0,
+        qk_l2_norm=True, self_mod_chunk_size=8, self_mod_chunk_size_memory=64, self_mod_use_skip=False))
+    opt, data = torch.optim.AdamW(net.parameters()), torch.randint(0, 256, (batch, T))
+
+    def step():
+        logits = net(data)
+        opt.zero_grad()
+        F.cross_entropy(logits[:, :-1].reshape(-1, 256), data[:, 1:].reshape(-1)).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        opt.step()
+        with torch.no_grad():
+            net(data, teach_signal=compute_teach_signal(net, logits, data))
         return batch * T
     return step, sum(p.numel() for p in net.parameters())
 
@@ -51,32 +91,54 @@ def case(what, ratio, value, goal, met):
     return dict(what=what, ratio=ratio, value=value, goal=goal, met=met(value, goal), agree=True)
 
 
+def cases(median, lengths, paired):
+    """The issue's goals; `paired`: the reference ran in the same rounds."""
+    at_least, at_most = (lambda v, goal: v >= goal), (lambda v, goal: v <= goal)
+    over = lambda a, b: median(lambda r: r[a] / r[b])   # noqa: E731
+    first, last = str(lengths[0]), str(lengths[-1])
+    found = dict(length=case(f"HOPE, cost of a token at T={last} over T={first}", "T long / short",
+                             over(first, last), 1.15, at_most),
+                 speed=case("HOPE, tokens a CPU-second (a rate, not a ratio)", "hope",
+                            median(lambda r: r["hope"]), 1000.0, at_least))
+    if not paired:
+        return found | dict(reference=dict(skipped="no checkout of kmccleary3301/nested_learning named"))
+    for name, ours, theirs, goal in (("selfmod", "hope", "hope_selfmod", 25.0),
+                                     ("attention", "hope", "hope_attention", 2.5),
+                                     ("transformer", "full", "transformer", 1.0)):
+        found[name] = case(f"{ours} over the reference's {theirs}, offline", "tokens a CPU-second",
+                           over(ours, f"reference {theirs}"), goal, at_least)
+    return found
+
+
 def main():
-    p = argparse.ArgumentParser(prog="python -m eval.bench_hope", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(prog="python -m eval.bench_hope", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--json", default="")
-    p.add_argument("--steps", type=int, default=3, help="rounds")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--only", default=";".join(CASES), help="cases, separated by ;")
     p.add_argument("--lengths", default="256,512,1024,2048,4096")
+    p.add_argument("--reference", default=os.environ.get("ONEFILE_NESTED_LEARNING", ""))
     args = p.parse_args()
     torch.set_num_threads(1)
-    made = {name: stepper(**kw) for name, kw in CASES.items()}
+    run.keep_freed_memory()
     lengths = [int(x) for x in args.lengths.split(",")]
-    by_length = {str(T): stepper(batch=4, T=T, width=128, depth=2, heads=2, cms_levels=2)[0] for T in lengths}
+    made = {name: stepper(**CASES[name]) for name in args.only.split(";")}
+    by_length = {str(T): stepper(T=T, width=128, depth=2, heads=2, cms_levels=2)[0] for T in lengths}
+    theirs = {f"reference {name}": reference(args.reference, name)
+              for name in REFERENCE} if args.reference else {}
     steps = {name: step for name, (step, _) in made.items()} | by_length
-    measure(steps)                                  # warm-up
-    rounds = [measure(steps) for _ in range(args.steps)]
+    measure(steps)                                  # warm-up; the reference's steps are long enough without
+    steps |= {name: step for name, (step, _) in theirs.items()}
+    rounds = [measure(steps) for _ in range(args.rounds)]
     median = lambda f: statistics.median(f(r) for r in rounds)   # noqa: E731
-    first, last = str(lengths[0]), str(lengths[-1])
-    out = dict(tokens_per_cpu_s={k: median(lambda r: r[k]) for k in made}, params={k: n for k, (_, n) in made.items()},
-               hope_by_length={k: median(lambda r: r[k]) for k in by_length}, rounds=rounds, torch=torch.__version__,
-               cases=dict(length=case(f"HOPE, cost of a token at T={last} over T={first}", "T long / short",
-                                      median(lambda r: r[first] / r[last]), 1.15, lambda v, goal: v <= goal),
-                          speed=case("HOPE, tokens a CPU-second (a rate, not a ratio)", "hope", median(lambda r: r["hope"]), 1000.0,
-                                     lambda v, goal: v >= goal),
-                          reference=dict(skipped="kmccleary3301/nested_learning is not installed beside this project")))
+    out = dict(tokens_per_cpu_s={k: median(lambda r: r[k])
+                                 for k in made | theirs},    # noqa: B023, called at once
+               params={k: n for k, (_, n) in (made | theirs).items()},
+               hope_by_length={k: median(lambda r: r[k]) for k in by_length},          # noqa: B023
+               rounds=rounds, torch=torch.__version__, cases=cases(median, lengths, bool(theirs)))
     print(json.dumps(out, indent=1))
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(out, file, indent=1)
+        pathlib.Path(args.json).write_text(json.dumps(out, indent=1))
 
 
 if __name__ == "__main__":

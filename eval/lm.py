@@ -1,13 +1,15 @@
 """The evaluation suite of hope_lm runs: one command, one bundle of numbers, a summary and plots.
 
-    python -m eval.lm RUN --tasks DIR --out bundle [--only zeroshot,ruler,passkey,books,continual] [--items 256]
-    python -m eval.lm RUN --memorize [--memorize-paths titan,cms] [--memorize-steps 1] [--memorize-surprise-threshold 0.02]
+    python -m eval.lm RUN --tasks DIR --out bundle [--only zeroshot,ruler,passkey,books,continual,classes]
+    python -m eval.lm RUN --memorize [--memorize-paths titan,cms] [--memorize-steps 1]
+                                     [--memorize-surprise-threshold 0.02]
 
-DIR holds piqa.jsonl, hellaswag.jsonl, winogrande.jsonl, arc_easy.jsonl, arc_challenge.jsonl, boolq.jsonl, siqa.jsonl,
-csqa.jsonl, openbookqa.jsonl, lambada.jsonl, wikitext.jsonl (fields of the public datasets) and books/*.txt; a task without
-its file is skipped and said so.  Scores follow lm-evaluation-harness: sum of log p of the continuation, acc_norm by
-characters, no end-of-text between prompt and answer.  --memorize scores every item twice: fresh, and after the fast
-weights took in the item's context (never the text that is scored, unless --memorize-use-correct-answer, an oracle).
+DIR holds piqa.jsonl, hellaswag.jsonl, winogrande.jsonl, arc_easy.jsonl, arc_challenge.jsonl, boolq.jsonl,
+siqa.jsonl, csqa.jsonl, openbookqa.jsonl, lambada.jsonl, wikitext.jsonl (fields of the public datasets) and
+books/*.txt; a task without its file is skipped and said so.  Scores follow lm-evaluation-harness: sum of log
+p of the continuation, acc_norm by characters, no end-of-text between prompt and answer.  --memorize scores
+every item twice: fresh, and after the fast weights took in the item's context (never the text that is scored,
+unless --memorize-use-correct-answer, an oracle).
 """
 
 import dataclasses
@@ -28,13 +30,14 @@ from eval._niah import VARIANTS as RULER, passkey_prompt, ruler_prompt
 from eval._shared import Parser, cli
 from eval._zeroshot import interval, zero_shot
 
-# --- scoring ---------------------------------------------------------------------------------------------------
+# --- scoring ------------------------------------------------------------------------------------------------
 
 
 class Scorer:
     """Log-likelihoods under a net; with memorize, from the fast weights that the context leaves behind."""
 
-    def __init__(self, net, bpe, length, memorize=False, paths=("titan", "cms"), steps=1, threshold=None, reset=True, oracle=False):
+    def __init__(self, net, bpe, length, memorize=False, paths=("titan", "cms"), steps=1, threshold=None,
+                 reset=True, oracle=False):
         self.net, self.bpe, self.length, self.memorize = net, bpe, length, memorize
         self.paths, self.steps, self.reset, self.oracle = paths, steps, reset, oracle
         self.state, self.events = None, dict(open=0.0, seen=0)
@@ -65,7 +68,7 @@ class Scorer:
             else:
                 _, state = self.net(tokens, state)
             opened, seen = hope_lm.sum_gates(state["blocks"])
-            self.events["open"], self.events["seen"] = self.events["open"] + opened, self.events["seen"] + seen
+            self.events = dict(open=self.events["open"] + opened, seen=self.events["seen"] + seen)
             state = self.net.remember(state, self.paths)
         self.state = state
 
@@ -84,7 +87,8 @@ class Scorer:
 
     @torch.no_grad()
     def rolling(self, document):
-        """Sum of log p of a whole document, every token once: windows of `length`, each with one token of context."""
+        """Sum of log p of a whole document, every token once: windows of `length`, each with
+        one token of context."""
         ids = [self.bpe.eos] + self.bpe.encode(document)
         total, by_token = 0.0, []
         for lo in range(0, len(ids) - 1, self.length):
@@ -95,27 +99,32 @@ class Scorer:
         return total, by_token
 
 
-# --- long context ------------------------------------------------------------------------------------------------------
+# --- long context -------------------------------------------------------------------------------------------
 
 
 def needles(scorer, lengths, depths, samples, essay, generate):
-    """RULER's eight retrieval variants: share of reference strings generated, or (log-prob mode) of true values that
-    beat one distractor, chance 0.5; by length and depth."""
+    """RULER's eight retrieval variants: share of reference strings generated, or (log-prob mode) of true
+    values that beat one distractor, chance 0.5; by length and depth."""
     grid = []
     for variant in RULER:
         for length in lengths:
             for depth in depths:
                 hits = []
                 for i in range(samples):
-                    item = ruler_prompt(variant, length, depth, rng(7, i, length), lambda t: len(scorer.bpe.encode(t)), essay)
+                    item = ruler_prompt(variant, length, depth, rng(7, i, length),
+                                        lambda t: len(scorer.bpe.encode(t)), essay)
                     if generate:
                         state = scorer.net.fresh(1)
-                        made = scorer.bpe.decode(hope_lm.generate(scorer.net, scorer.bpe.encode(item["prompt"]), 128, state=state))
+                        made = scorer.bpe.decode(hope_lm.generate(scorer.net,
+                                                                  scorer.bpe.encode(item["prompt"]), 128,
+                                                                  state=state))
                         hits.append(np.mean([a.lower() in made.lower() for a in item["answers"]]))
                     else:
-                        true, other = (scorer.loglikelihood(item["prompt"], " " + v)[0] for v in (item["answers"][0], item["distractor"]))
+                        true, other = (scorer.loglikelihood(item["prompt"], " " + v)[0]
+                                       for v in (item["answers"][0], item["distractor"]))
                         hits.append(true > other)
-                grid.append(dict(variant=variant, length=length, depth=depth, n=samples, score=float(np.mean(hits)),
+                grid.append(dict(variant=variant, length=length, depth=depth, n=samples,
+                                 score=float(np.mean(hits)),
                                  interval=interval(float(np.mean(hits)), samples)))
     return grid
 
@@ -149,22 +158,25 @@ def books(scorer, folder, limit):
     edges = [0] + [e for e in (64 * 2**i for i in range(20)) if e < scorer.length] + [scorer.length]
     mean = torch.stack(by_position).mean(0) if by_position else None
     return dict(word_ppl=math.exp(min(700.0, nll / max(1, words))), words=words,
-                nll_by_position={} if mean is None else {f"{a}-{b}": float(mean[a:b].mean()) for a, b in zip(edges, edges[1:])})
+                nll_by_position={f"{a}-{b}": float(mean[a:b].mean()) for a, b in zip(edges, edges[1:])
+                                 if mean is not None})
 
 
 
 
-# --- the bundle --------------------------------------------------------------------------------------------------------
+# --- the bundle ---------------------------------------------------------------------------------------------
 
 PARTS = ("zeroshot", "ruler", "passkey", "books", "continual")
 
 
 def suite(net, bpe, args, memorize):
     """All parts asked for -> (dict of results, memory events)."""
-    make = lambda: Scorer(net, bpe, args.length, memorize, tuple(args.memorize_paths.split(",")), args.memorize_steps,  # noqa: E731
-                          args.memorize_surprise_threshold, not args.memorize_no_reset, args.memorize_use_correct_answer)
+    how = memorize, tuple(args.memorize_paths.split(",")), args.memorize_steps, args.memorize_surprise_threshold
+    make = lambda: Scorer(net, bpe, args.length, *how, not args.memorize_no_reset,      # noqa: E731
+                          args.memorize_use_correct_answer)
     essay = " ".join(documents(args.essay)) if args.essay else " ".join(standard_library(200_000))
-    lengths, depths = [int(x) for x in args.lengths.split(",")], np.linspace(0, 1, args.depths).round(3).tolist()
+    lengths = [int(x) for x in args.lengths.split(",")]
+    depths = np.linspace(0, 1, args.depths).round(3).tolist()
     jobs = dict(zeroshot=lambda s: zero_shot(s, args.tasks, args.items),
                 ruler=lambda s: needles(s, lengths, depths, args.samples, essay, args.generate),
                 passkey=lambda s: passkeys(s, lengths, args.samples),
@@ -186,8 +198,10 @@ def suite(net, bpe, args, memorize):
 
 def summary(meta, base, memorized):
     """Markdown of a bundle."""
-    lines = [f"# Evaluation of {meta['run']}", "", f"{meta['variant']}, {meta['params']:,} parameters, step {meta['step']}, "
-             f"trained on {json.dumps(meta['data'])}", "", "## Commands and environment", "", f"    {meta['command']}", "",
+    lines = [f"# Evaluation of {meta['run']}", "",
+             f"{meta['variant']}, {meta['params']:,} parameters, step {meta['step']}, "
+             f"trained on {json.dumps(meta['data'])}", "", "## Commands and environment", "",
+             f"    {meta['command']}", "",
              f"torch {torch.__version__}; weights sha256 {meta['weights'][:16]}", "", "## Training", "",
              f"last training row: {json.dumps(meta['last_train'])}", ""]
     for title, found in (("Scores", base), ("Scores after memorising", memorized)):
@@ -195,17 +209,21 @@ def summary(meta, base, memorized):
             continue
         lines += [f"## {title}", "", "| part | task | value |", "|---|---|---|"]
         for part, value in found.items():
-            rows = value.items() if isinstance(value, dict) else ((f"{r.get('variant', '')} {r['length']} {r.get('depth', '')}", r) for r in value)
+            name = lambda r: f"{r.get('variant', '')} {r['length']} {r.get('depth', '')}"     # noqa: E731
+            rows = value.items() if isinstance(value, dict) else ((name(r), r) for r in value)
             for task, v in rows:
                 if task in ("on", "off"):
                     v = {k: v[k] for k in ("mean_final", "backward_transfer", "forgetting")}
-                lines.append(f"| {part} | {task} | {'not run: no file' if v is None else json.dumps(run.plain(v))} |")
+                v = "not run: no file" if v is None else json.dumps(run.plain(v))
+                lines.append(f"| {part} | {task} | {v} |")
         lines.append("")
     if memorized:
-        lines += ["## Memory", "", f"paths {meta['memorize']['paths']}, threshold {meta['memorize']['threshold']}, steps "
-                  f"{meta['memorize']['steps']}{', ORACLE: the right answer was memorised' if meta['memorize']['oracle'] else ''}; "
-                  f"events {json.dumps(run.plain(meta['memorize']['events']))}", ""]
-    return "\n".join([*lines, "## Risks", "", "Small models score near chance on the zero-shot tasks; intervals are 95% Wilson."]) + "\n"
+        m = meta["memorize"]
+        oracle = ", ORACLE: the right answer was memorised" if m["oracle"] else ""
+        lines += ["## Memory", "", f"paths {m['paths']}, threshold {m['threshold']}, steps {m['steps']}{oracle}; "
+                                   f"events {json.dumps(run.plain(m['events']))}", ""]
+    risks = "Small models score near chance on the zero-shot tasks; intervals are 95% Wilson."
+    return "\n".join([*lines, "## Risks", "", risks]) + "\n"
 
 
 def plots(found, out):
@@ -213,14 +231,16 @@ def plots(found, out):
         c = found["continual"]
         for key in ("on", "off"):
             xs = list(range(1, len(c["domains"]) + 1))
-            draw.save(draw.lines({d: (xs, row) for d, row in zip(c["domains"], c[key]["matrix"])}, title=f"memory {key}",
-                                 xlabel="domains trained", ylabel="loss, nats"), out / f"forgetting_{key}.png")
+            curves = {d: (xs, row) for d, row in zip(c["domains"], c[key]["matrix"])}
+            draw.save(draw.lines(curves, title=f"memory {key}", xlabel="domains trained", ylabel="loss, nats"),
+                      out / f"forgetting_{key}.png")
     if found.get("ruler"):
         scores = {}
         for r in found["ruler"]:
             scores.setdefault(r["variant"], {}).setdefault(r["length"], []).append(r["score"])
         rows = [[float(np.mean(v)) for v in by.values()] for by in scores.values()]
-        draw.save(draw.heat(np.array(rows), rows=list(scores), cols=[str(k) for k in next(iter(scores.values()))]), out / "ruler.png")
+        draw.save(draw.heat(np.array(rows), rows=list(scores),
+                            cols=[str(k) for k in next(iter(scores.values()))]), out / "ruler.png")
     if found.get("books", {}).get("nll_by_position"):
         by = found["books"]["nll_by_position"]
         draw.save(draw.lines({"NLL": ([int(k.split("-")[1]) for k in by], list(by.values()))}, logx=True,
@@ -239,7 +259,7 @@ def main():
     p.add_argument("--lengths", default="256,512", help="tokens of needle and passkey prompts")
     p.add_argument("--depths", type=int, default=5)
     p.add_argument("--samples", type=int, default=8)
-    p.add_argument("--generate", action="store_true", help="needles: generate and match, not log-prob against a distractor")
+    p.add_argument("--generate", action="store_true", help="needles: generate and match, not log-prob")
     p.add_argument("--length", type=int, default=0, help="window of the model [as trained]")
     p.add_argument("--continual-steps", type=int, default=20)
     p.add_argument("--memorize", action="store_true")
@@ -262,16 +282,20 @@ def main():
     weights = Path(args.run) / "weights.safetensors"
     log = [json.loads(line) for line in (Path(args.run) / "log.jsonl").read_text().splitlines()]
     _, meta = run.load_weights(weights)
-    facts = dict(run=str(Path(args.run).name), variant=cfg.variant, params=sum(q.numel() for q in net.parameters()), step=meta["step"],
-                 data=meta["data"], weights=sha256_file(weights), command=" ".join(["python -m eval.lm", *sys.argv[1:]]),
+    facts = dict(run=str(Path(args.run).name), variant=cfg.variant,
+                 params=sum(q.numel() for q in net.parameters()), step=meta["step"],
+                 data=meta["data"], weights=sha256_file(weights),
+                 command=" ".join(["python -m eval.lm", *sys.argv[1:]]),
                  last_train=[r for r in log if r["kind"] == "train"][-1])
     base, _ = suite(net, bpe, args, False)
     memorized = {}
     if args.memorize:
         memorized, events = suite(net, bpe, args, True)
-        facts["memorize"] = dict(paths=args.memorize_paths, threshold=args.memorize_surprise_threshold, steps=args.memorize_steps,
-                                 reset=not args.memorize_no_reset, oracle=args.memorize_use_correct_answer, events=events)
-    write_atomic(out / "metrics.json", json.dumps(run.plain(dict(meta=facts, scores=base, memorized=memorized)), indent=1).encode())
+        facts["memorize"] = dict(paths=args.memorize_paths, threshold=args.memorize_surprise_threshold,
+                                 steps=args.memorize_steps, reset=not args.memorize_no_reset, oracle=args.memorize_use_correct_answer,
+                                 events=events)
+    bundle = run.plain(dict(meta=facts, scores=base, memorized=memorized))
+    write_atomic(out / "metrics.json", json.dumps(bundle, indent=1).encode())
     write_atomic(out / "SUMMARY.md", summary(facts, base, memorized).encode())
     plots(base, out)
     print((out / "SUMMARY.md").read_text())

@@ -39,7 +39,8 @@ def test_winogrande_scores_the_same_suffix_under_each_option():
     d = dict(sentence="Ann met Eve because _ was late .", option1="Ann", option2="Eve", answer="2")
     table = Table([-3.0, -2.0])
     assert winogrande(table, d) == 1
-    assert table.asked == [("Ann met Eve because Ann", " was late ."), ("Ann met Eve because Eve", " was late .")]
+    assert table.asked == [("Ann met Eve because Ann", " was late ."), ("Ann met Eve because Eve",
+                                                                        " was late .")]
 
 
 def test_prompts_are_the_published_ones():
@@ -47,18 +48,20 @@ def test_prompts_are_the_published_ones():
     assert CHOICE["boolq"](d) == ("P.\nQuestion: is it?\nAnswer:", ["no", "yes"], 1)
     d = dict(question="Where?", choices=dict(text=["sea", "sky"], label=["A", "B"]), answerKey="B")
     assert CHOICE["csqa"](d) == ("Question: Where?\nA. sea\nB. sky\nAnswer:", ["A", "B"], 1)
-    d = dict(activity_label="Run", ctx_a="[header] He runs.", ctx_b="he", endings=["x  y [title] z"] * 4, label="3")
+    d = dict(activity_label="Run", ctx_a="[header] He runs.", ctx_b="he", endings=["x  y [title] z"] * 4,
+             label="3")
     assert CHOICE["hellaswag"](d) == ("Run: He runs. He", ["x y. z"] * 4, 3)
 
 
 def small(**kw):
     torch.manual_seed(0)
-    return h.LM(h.Config(**{**dict(width=16, heads=2, depth=1, chunk=8, chunk_self=8, periods=(8, 16, 32, 64), cms_levels=2), **kw})).eval()
+    return h.LM(h.Config(**{**dict(width=16, heads=2, depth=1, chunk=8, chunk_self=8, periods=(8, 16, 32, 64),
+                                   cms_levels=2), **kw})).eval()
 
 
 def test_loglikelihood_is_the_sum_over_the_continuation_and_greedy_means_every_token():
     net, bpe = small(), BPE()
-    score, greedy = Scorer(net, bpe, 64).loglikelihood("ab ", "cd")             # the space moves to the continuation
+    score, greedy = Scorer(net, bpe, 64).loglikelihood("ab ", "cd")  # the space moves to the continuation
     logp = net(torch.tensor([list(b"ab cd")]))[0].double().log_softmax(-1)
     want = sum(float(logp[i, c]) for i, c in zip((1, 2, 3), b" cd"))
     assert abs(score - want) < 1e-6 and not greedy
@@ -78,7 +81,8 @@ def test_rolling_scores_every_token_once():
 
 def test_absent_tasks_are_skipped_and_present_ones_counted(tmp_path):
     (tmp_path / "lambada.jsonl").write_text(json.dumps(dict(text="the cat sat on the mat")) + "\n")
-    (tmp_path / "wikitext.jsonl").write_text(json.dumps(dict(page=" = Title = \n Some text , here . ")) + "\n")
+    (tmp_path / "wikitext.jsonl").write_text(json.dumps(dict(page=" = Title = \n Some text , here . "))
+                                             + "\n")
     found = zero_shot(Scorer(small(), BPE(), 64), tmp_path, 5)
     assert found["piqa"] is None and found["lambada"]["n"] == 1 and "mean8" not in found
     assert 1 < found["wikitext"]["word_ppl"] < math.inf
@@ -86,7 +90,8 @@ def test_absent_tasks_are_skipped_and_present_ones_counted(tmp_path):
 
 def test_wilson_interval_covers():
     draw = np.random.default_rng(0)
-    cover = np.mean([lo <= 0.7 <= hi for lo, hi in (interval(draw.binomial(40, 0.7) / 40, 40) for _ in range(2000))])
+    cover = np.mean([lo <= 0.7 <= hi for lo, hi in (interval(draw.binomial(40, 0.7) / 40, 40)
+                                                    for _ in range(2000))])
     assert 0.93 < cover < 0.97
 
 
@@ -109,8 +114,8 @@ def test_needle_prompts_have_their_needles_depth_and_length():
 def recall_net(variant, steps=0, **kw):
     """A small net taught key-value recall: pairs, noise, then a key that asks for its value."""
     torch.manual_seed(0)
-    cfg = h.Config(**{**dict(variant=variant, width=32, heads=1, depth=1, vocab=64, chunk=16, chunk_self=16, cms_levels=1, task="recall",
-                             eta=0.5, periods=(16, 32)), **kw})
+    cfg = h.Config(**{**dict(variant=variant, width=32, heads=1, depth=1, vocab=64, chunk=16, chunk_self=16,
+                             cms_levels=1, task="recall", eta=0.5, periods=(16, 32)), **kw})
     net, data = h.LM(cfg), h.Task("recall", 0)
     outer = h.optim.Outer(net, "muon", 5e-3, 0.02, 0.0)
     for step in range(1, steps + 1):
@@ -123,7 +128,8 @@ def recall_net(variant, steps=0, **kw):
 
 
 def margin(net, data):
-    """Mean change of log p(value | key) when fast weights took in the pairs, caches dropped; and base weights kept."""
+    """Mean change of log p(value | key) when fast weights took in the pairs, caches dropped;
+    and base weights kept."""
     x, y = h.pairs(data.batch((1, 0), range(64), 64), "cpu")
     before = {k: v.clone() for k, v in net.state_dict().items()}
     with torch.no_grad():
@@ -148,7 +154,8 @@ def test_memorising_counts_events_and_keeps_base_weights():
     net = small(cms="context")
     before = {k: v.clone() for k, v in net.state_dict().items()}
     scorer = Scorer(net, BPE(), 64, memorize=True)
-    with_memory, without = scorer.loglikelihood("the key is 7 and so on. " * 3, "7"), Scorer(net, BPE(), 64).loglikelihood("the key is 7 and so on. " * 3, "7")
+    said = "the key is 7 and so on. " * 3
+    with_memory, without = scorer.loglikelihood(said, "7"), Scorer(net, BPE(), 64).loglikelihood(said, "7")
     assert scorer.events["seen"] > 0 and with_memory != without
     shut = Scorer(net, BPE(), 64, memorize=True, paths=("titan",), threshold=1e9)
     shut.loglikelihood("the key is 7 and so on. " * 3, "7")

@@ -37,7 +37,7 @@ def tokens(n, t, seed=1, vocab=31):
     return torch.randint(0, vocab, (n, t), generator=torch.Generator().manual_seed(seed))
 
 
-# --- references: one token after the other, straight from the equations ----------------------------------------
+# --- references: one token after the other, straight from the equations -------------------------------------
 
 
 def silu_prime(z):
@@ -46,7 +46,8 @@ def silu_prime(z):
 
 
 def memory_loop(W1, W2, k, v, eta, keep, mom, q, rule, residual, own, C):
-    """One head, one memory, written from T 9-15 / NL 83-97: gradients at the weights of the last chunk boundary."""
+    """One head, one memory, written from T 9-15 / NL 83-97: gradients at the weights of
+    the last chunk boundary."""
     S1, S2 = torch.zeros_like(W1), torch.zeros_like(W2)
     outs, base = [], (W1, W2)
     M = lambda Ws, z: Ws[1] @ F.silu(Ws[0] @ z) + (z if residual else 0)   # noqa: E731
@@ -76,8 +77,10 @@ def memory_loop(W1, W2, k, v, eta, keep, mom, q, rule, residual, own, C):
 def random_rows(T, K, seed=0):
     g = torch.Generator().manual_seed(seed)
     r = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)   # noqa: E731
-    return (F.normalize(r(T, K), dim=-1), F.normalize(r(T, K), dim=-1), r(T, K), torch.rand(T, generator=g, dtype=torch.float64),
-            1 - 0.1 * torch.rand(T, generator=g, dtype=torch.float64), torch.rand(T, generator=g, dtype=torch.float64))
+    return (F.normalize(r(T, K), dim=-1), F.normalize(r(T, K), dim=-1), r(T, K),
+            torch.rand(T, generator=g, dtype=torch.float64),
+            1 - 0.1 * torch.rand(T, generator=g, dtype=torch.float64),
+            torch.rand(T, generator=g, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("C", [1, 7, 16, 64])
@@ -100,8 +103,8 @@ def test_chunks_equal_the_token_loop(C, rule, own, residual):
                              row(mom.log()) if rule.momentum else None)
     state = memory.flush(state)
     for head in (0, 1):
-        W1, W2, want = memory_loop(memory.layers[0][head, 0], memory.layers[1][head, 0], k, v, 0.5 * eta, keep, mom, q,
-                                   rule, residual, own, C)
+        W1, W2, want = memory_loop(memory.layers[0][head, 0], memory.layers[1][head, 0], k, v, 0.5 * eta,
+                                   keep, mom, q, rule, residual, own, C)
         assert (out[0, head, 0] - want).abs().max() < 1e-10
         assert (state[0][0][0, head, 0] - W1).abs().max() < 1e-10
         assert (state[0][1][0, head, 0] - W2).abs().max() < 1e-10
@@ -136,7 +139,8 @@ def test_delta_net_equals_the_token_loop_for_every_chunk(C):
 
 
 def test_linear_memories_reduce_to_delta_rules():
-    """Zero start, no momentum: LMM with C = 1 and HOPE with C = T are S <- keep S - theta (S k) k^T + theta v k^T."""
+    """Zero start, no momentum: LMM with C = 1 and HOPE with C = T are S <- keep S - theta (S
+    k) k^T + theta v k^T."""
     T, K = 21, 5
     q, k, v, eta, keep, _ = random_rows(T, K)
     S, want = torch.zeros(K, K, dtype=torch.float64), []
@@ -160,7 +164,8 @@ def test_linear_memories_reduce_to_delta_rules():
 
 
 def test_dgd_is_the_proximal_minimiser():
-    """W' minimises 1/2|Wx - u|^2 + |W - W_t|^2/(2 eta): the optimality residual is zero and |Wx - u| falls."""
+    """W' minimises 1/2|Wx - u|^2 + |W - W_t|^2/(2 eta): the optimality residual is
+    zero and |Wx - u| falls."""
     g = torch.Generator().manual_seed(0)
     W, x, u = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((4, 6), (6,), (4,)))
     eta = torch.tensor([0.7], dtype=torch.float64)
@@ -175,12 +180,14 @@ def test_dgd_is_the_proximal_minimiser():
 def test_gradcheck_of_one_chunk():
     cfg, rule = tiny(width=4, heads=1), h.Rule(before=True)
     memory = h.Memory(cfg, 5, rule).double()
-    q, k, v, eta, keep, mom = (x.expand(1, 1, 1, *x.shape).clone().requires_grad_() for x in random_rows(5, 4))
+    q, k, v, eta, keep, mom = (x.expand(1, 1, 1, *x.shape).clone().requires_grad_()
+                               for x in random_rows(5, 4))
     Ws = [W[None].detach().clone().requires_grad_() for W in memory.layers]
 
     def chunk(W1, W2, *rows):
         q, k, v, eta, keep, mom = rows
-        Ws, Ss, out, _ = h.learn([W1, W2], [None, None], k, v, eta, keep.log(), mom.clamp(min=1e-3).log(), q, rule, True, True)
+        Ws, Ss, out, _ = h.learn([W1, W2], [None, None], k, v, eta, keep.log(), mom.clamp(min=1e-3).log(), q,
+                                 rule, True, True)
         return *Ws, *Ss, out
     assert torch.autograd.gradcheck(chunk, (*Ws, q, k, v, eta, keep, mom), atol=1e-6)
 
@@ -223,16 +230,19 @@ def test_first_loss_is_the_uniform_one_and_order_matters():
     for variant in ("hope", "full"):
         net, x = net_of(variant=variant), tokens(4, 40)
         loss = net.score(x[:, :-1], x[:, 1:])[0].mean()
-        assert abs(float(loss.detach()) - math.log(31)) < 0.3       # 0.02 embeddings: logits of the order of 0.02 sqrt(D)
+        # 0.02 embeddings: logits of the order of 0.02 sqrt(D)
+        assert abs(float(loss.detach()) - math.log(31)) < 0.3
         swapped = x.clone()
         swapped[:, [3, 10]] = x[:, [10, 3]]
-        assert (net(swapped)[:, -1] - net(x)[:, -1]).abs().max() > 1e-6     # the reference: 4e-6 in float32, rounding
+        # the reference: 4e-6 in float32, rounding
+        assert (net(swapped)[:, -1] - net(x)[:, -1]).abs().max() > 1e-6
 
 
 def test_adapt_switch_removes_the_self_modifier():
     on, off = net_of(variant="hope"), net_of(variant="hope", adapt="")
     names = lambda net: {n for n, _ in net.named_parameters()}   # noqa: E731
-    assert any(".maps." in n for n in names(on)) and not any(".maps." in n or ".gates." in n for n in names(off))
+    assert any(".maps." in n for n in names(on))
+    assert not any(".maps." in n or ".gates." in n for n in names(off))
     assert any("slow_gates" in n for n in names(off))
     x = tokens(2, 20)
     assert net_of(variant="hope", adapt="kvqg")(x).shape == off(x).shape
@@ -260,16 +270,18 @@ def test_chunk_rules_are_their_equations():
     W, S, G = (torch.randn(4, 6, generator=g, dtype=torch.float64) for _ in range(3))
     keep, mom = torch.tensor(0.9, dtype=torch.float64), torch.tensor([0.8], dtype=torch.float64).log()
     W1, S1 = h.chunk_rule("delta_momentum", W, S, G, keep, mom)
-    want = S @ (torch.eye(6, dtype=torch.float64) * 0.8 - G.T @ G / G.square().sum()) - G            # NL 49, P = I, step inside G
+    # NL 49, P = I, step inside G
+    want = S @ (torch.eye(6, dtype=torch.float64) * 0.8 - G.T @ G / G.square().sum()) - G
     assert (S1 - want).abs().max() < 1e-12 and (W1 - (0.9 * W + want)).abs().max() < 1e-12
     phi = torch.randn(6, 6, generator=g, dtype=torch.float64, requires_grad=True)
     deep = lambda phi: -G + F.silu(G) @ phi.T   # noqa: E731
     W2, phi2 = h.chunk_rule("dmgd", W, phi, G, keep, mom)
-    dphi, = torch.autograd.grad(deep(phi).sum(), phi)                           # L2(m; u, 1) = <m(u), 1>, NL 50
-    assert (W2 - (0.9 * W + deep(phi))).abs().max() < 1e-12 and (phi2 - (0.8 * phi - dphi)).abs().max() < 1e-12
+    dphi, = torch.autograd.grad(deep(phi).sum(), phi)  # L2(m; u, 1) = <m(u), 1>, NL 50
+    assert (W2 - (0.9 * W + deep(phi))).abs().max() < 1e-12
+    assert (phi2 - (0.8 * phi - dphi)).abs().max() < 1e-12
 
 
-# --- continuum memory --------------------------------------------------------------------------------------------
+# --- continuum memory ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wiring", ["sequential", "nested", "headwise"])
@@ -293,7 +305,8 @@ def test_cms_write_is_the_gradient_of_the_token_loss():
     level = net.blocks[0].cms.levels[0]
     frozen = net_of(**{**cfg, "cms": "frozen"})
     frozen.load_state_dict(net.state_dict())
-    grads = torch.autograd.grad(frozen.score(x[:, :-1], x[:, 1:])[0].sum(), list(frozen.blocks[0].cms.levels[0]))
+    grads = torch.autograd.grad(frozen.score(x[:, :-1], x[:, 1:])[0].sum(),
+                                list(frozen.blocks[0].cms.levels[0]))
     for W, after, g in zip(level, state["blocks"][0]["fast"][0]["W"], grads):
         assert (after[0] - (W - 0.01 * g)).abs().max() < 1e-12
 
@@ -336,10 +349,11 @@ def test_nested_levels_restart_when_a_slower_level_moves():
     _, state, _ = net.score(x[:, :8], x[:, 1:9])
     fast = state["blocks"][0]["fast"]
     for W, start, first in zip(fast[0]["W"], fast[0]["start"], net.blocks[0].cms.levels[0]):
-        assert torch.equal(W, start) and not torch.equal(start[0], first)   # moved by the slower clock, then restarted
+        # moved by the slower clock, then restarted
+        assert torch.equal(W, start) and not torch.equal(start[0], first)
 
 
-# --- surprise gate of the memories, memorising ---------------------------------------------------------------------
+# --- surprise gate of the memories, memorising --------------------------------------------------------------
 
 
 def test_a_shut_gate_leaves_memories_to_decay_alone():
@@ -365,7 +379,7 @@ def test_remembering_keeps_fast_weights_only_and_base_weights_bit_identical(vari
     assert torch.equal(with_memory, without) != has_memory
 
 
-# --- optimizers ------------------------------------------------------------------------------------------------------
+# --- optimizers ---------------------------------------------------------------------------------------------
 
 
 def test_muon_equals_torch_muon():
@@ -380,7 +394,8 @@ def test_muon_equals_torch_muon():
         ours.grad, theirs.grad = g.clone(), g.clone()
         a.step()
         b.step()
-    # theirs iterates in bfloat16 (8 bits of mantissa) everywhere, ours in float32 on a CPU: 5 steps of 0.02 x 1 x 2^-7
+    # theirs iterates in bfloat16 (8 bits of mantissa) everywhere, ours in float32 on a CPU: 5 steps of 0.02 x
+    # 1 x 2^-7
     assert (ours - theirs).abs().max() < 2e-3
     assert (ours - torch.arange(24.0).view(6, 4).cos()).abs().max() > 0.02
 
@@ -389,7 +404,7 @@ def test_newton_schulz_flattens_the_spectrum():
     torch.manual_seed(0)
     for shape in ((32, 64), (64, 32), (3, 16, 16)):
         s = torch.linalg.svdvals(optim.newton_schulz(torch.randn(*shape)))
-        assert s.max() < 1.25 and s.min() > 0.4     # Muon's quintic aims at 1 +- 0.3; small singular values lag
+        assert s.max() < 1.25 and s.min() > 0.4  # Muon's quintic aims at 1 +- 0.3; small singular values lag
 
 
 def test_m3_follows_algorithm_1():
@@ -437,9 +452,10 @@ def test_outer_clock_moves_levels_at_their_period_by_the_summed_gradient():
     assert float(seen["blocks.0.cms.levels.1.0"].mean()) == 3.0             # 1 + 2, kept until the third step
 
 
-# --- presets, plan ---------------------------------------------------------------------------------------------------
+# --- presets, plan ------------------------------------------------------------------------------------------
 
-SIZES = dict(smoke=91_180, tiny=4_000_000, cms_sparse=57_249_296, pilot=160_000_000, mid=760_000_000, target=1_300_000_000)
+SIZES = dict(smoke=93_228, tiny=4_000_000, cms_sparse=58_428_944, pilot=160_000_000, mid=760_000_000,
+             target=1_300_000_000)
 
 
 @pytest.mark.parametrize("preset", h.PRESETS)
@@ -460,7 +476,7 @@ def test_plan_keeps_the_sparse_preset_below_49_gb(capsys):
     assert 5 < plan["cms_copies_gb"] < plan["memory_gb_per_rank"] < 49
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
+# --- data ---------------------------------------------------------------------------------------------------
 
 
 def test_bpe_round_trips_everything_and_merges_the_commonest_pair_first(tmp_path):
@@ -498,7 +514,8 @@ def test_mixture_draws_sources_by_weight_and_rows_by_step(tmp_path):
     bpe = text.BPE()
     make = lambda name, letter, weight: dict(name=name, weight=weight, licence="CC0", url="x",   # noqa: E731
                                              documents=[letter * (40 + i) for i in range(60)])
-    text.shard([make("a", "a", 0.7), make("b", "b", 0.3)], bpe, tmp_path, length=16, rows_per_shard=32, validation=0.1)
+    text.shard([make("a", "a", 0.7), make("b", "b", 0.3)], bpe, tmp_path, length=16, rows_per_shard=32,
+               validation=0.1)
     mix = text.Mixture(tmp_path)
     rows = mix.batch((0, 5), range(4000), 16)
     share = np.isin(rows, [ord("a")]).any(1).mean()
@@ -512,7 +529,8 @@ def test_mixture_draws_sources_by_weight_and_rows_by_step(tmp_path):
 
 def test_every_token_of_a_source_is_predicted_once(tmp_path):
     doc = "".join(chr(33 + i % 90) for i in range(1000))
-    text.shard([dict(name="s", weight=1, licence="x", url="x", documents=[doc])], text.BPE(), tmp_path, 10, validation=0.0)
+    text.shard([dict(name="s", weight=1, licence="x", url="x", documents=[doc])], text.BPE(), tmp_path, 10,
+               validation=0.0)
     rows = np.load(tmp_path / "s-train-0000.npy")
     assert rows.dtype == np.uint16 and rows.shape == (100, 11)
     assert np.array_equal(rows[1:, 0], rows[:-1, -1])
@@ -521,7 +539,8 @@ def test_every_token_of_a_source_is_predicted_once(tmp_path):
 
 def test_validate_names_flipped_bytes_missing_licences_overlap_and_contamination(tmp_path):
     a, b = ("".join(np.random.default_rng(s).choice(list("abcdefgh "), 3000)) for s in (0, 1))
-    entry = lambda name, docs, licence="x": dict(name=name, weight=1, licence=licence, url="u", documents=docs)   # noqa: E731
+    entry = lambda name, docs, licence="x": dict(name=name, weight=1, licence=licence,      # noqa: E731
+                                                 url="u", documents=docs)
     text.shard([entry("one", [a]), entry("two", [b, a[:1500]], "")], text.BPE(), tmp_path, 50, validation=0.0)
     problems = corpus.validate(tmp_path, {"quiz": list(b[100:200].encode())})
     assert any("two: no licence" in p for p in problems) and any("one and two share" in p for p in problems)
@@ -534,14 +553,22 @@ def test_validate_names_flipped_bytes_missing_licences_overlap_and_contamination
 
 
 def test_english_is_recognised_on_sentences_it_was_not_built_from():
-    english = ["Two old men were sitting on a bench in front of the church.", "The mayor promised to repair the roof of the school.",
-               "Nobody could say where the ship had gone.", "Please send me the photographs when you find them.",
-               "We had soup and bread, and later a piece of cake.", "The gardener cut the hedge and watered the roses.",
-               "Prices rose quickly during the first weeks of spring.", "A small dog followed us all the way to the station."]
-    other = ["Zwei alte Männer saßen auf einer Bank vor der Kirche.", "Le maire a promis de réparer le toit de l'école.",
-             "Nadie podía decir adónde había ido el barco.", "Per favore mandami le fotografie quando le trovi.",
-             "We aten soep met brood en daarna een stuk taart.", "O jardineiro cortou a sebe e regou as rosas.",
-             "Die Preise stiegen in den ersten Wochen des Frühlings schnell.", "Un petit chien nous a suivis jusqu'à la gare.",
+    english = ["Two old men were sitting on a bench in front of the church.",
+               "The mayor promised to repair the roof of the school.",
+               "Nobody could say where the ship had gone.", "Please send me the photographs when you find "
+                                                            "them.",
+               "We had soup and bread, and later a piece of cake.", "The gardener cut the hedge and watered "
+                                                                    "the roses.",
+               "Prices rose quickly during the first weeks of spring.", "A small dog followed us all the "
+                                                                        "way to the station."]
+    other = ["Zwei alte Männer saßen auf einer Bank vor der Kirche.", "Le maire a promis de réparer le toit "
+                                                                      "de l'école.",
+             "Nadie podía decir adónde había ido el barco.", "Per favore mandami le fotografie quando le "
+                                                             "trovi.",
+             "We aten soep met brood en daarna een stuk taart.", "O jardineiro cortou a sebe e regou as "
+                                                                 "rosas.",
+             "Die Preise stiegen in den ersten Wochen des Frühlings schnell.",
+             "Un petit chien nous a suivis jusqu'à la gare.",
              "La alcaldesa prometió arreglar el techo.", "Niemand kon zeggen waar het schip was gebleven."]
     right = sum(corpus.english(t) >= 0.85 for t in english) + sum(corpus.english(t) < 0.5 for t in other)
     assert right >= 0.95 * (len(english) + len(other))
@@ -560,10 +587,10 @@ def test_near_duplicates_are_found_and_strangers_are_not():
     words = np.array([f"w{i}" for i in range(2000)])
     originals = [list(draw.choice(words, 300)) for _ in range(30)]
     near = [list(o) for o in originals]
-    for n in near:                                  # 4 single-word edits spoil at most 20 of 296 shingles: J >= 0.87
+    for n in near:  # 4 single-word edits spoil at most 20 of 296 shingles: J >= 0.87
         for i in draw.choice(300, 4, replace=False):
             n[i] = "edited"
-    far = [o[:150] + list(draw.choice(words, 150)) for o in originals]              # half the shingles: J ~ 0.33
+    far = [o[:150] + list(draw.choice(words, 150)) for o in originals]  # half the shingles: J ~ 0.33
     drop = set(corpus.near_duplicates([" ".join(t) for t in (*originals, *near, *far)]))
     assert len([i for i in drop if 30 <= i < 60]) >= 27
     assert not [i for i in drop if i < 30] and len([i for i in drop if i >= 60]) <= 1
@@ -571,24 +598,27 @@ def test_near_duplicates_are_found_and_strangers_are_not():
 
 def test_corpus_counts_every_rule(tmp_path):
     good = "The old bridge was built by the people of the village and it is still in use today. " * 4
-    texts = [good, good, "short", good + "x " * 9000, "Das Wetter war heute Morgen kalt und die Straßen waren leer. " * 5]
+    texts = [good, good, "short", good + "x " * 9000, "Das Wetter war heute Morgen kalt und die Straßen "
+                                                      "waren leer. " * 5]
     kept, counts = corpus.clean(texts)
     assert kept == [" ".join(good.split())]
-    assert counts == dict(documents=5, passed=1, exact_duplicate=1, too_short=1, too_long=1, language=1, near_duplicate=0, kept=1)
+    assert counts == dict(documents=5, passed=1, exact_duplicate=1, too_short=1, too_long=1, language=1,
+                          near_duplicate=0, kept=1)
 
 
 def test_guard_fails_a_worse_tokenizer(tmp_path):
     texts = ["the cat sat on the mat and the dog sat on the log"] * 3
     good, bad = text.coverage(text.BPE.train(texts, 330), texts), text.coverage(text.BPE(), texts)
-    assert text.guard(good, good) == [] and set(text.guard(bad, good)) == {"tokens_per_word", "single", "within_two"}
+    assert text.guard(good, good) == [] and set(text.guard(bad, good)) == {"tokens_per_word", "single",
+                                                                           "within_two"}
     slightly = dict(good, tokens_per_word=good["tokens_per_word"] + 0.04)
     assert text.guard(slightly, good) == []
 
 
-# --- training --------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
-SMALL = dict(width=16, heads=2, depth=1, length=16, batch=4, chunk=8, chunk_self=8, steps=6, eval_every=3, eval_rows=2,
-             save_every=2, log_every=1, cms_levels=2, cms_mult=1.0, params=0)
+SMALL = dict(width=16, heads=2, depth=1, length=16, batch=4, chunk=8, chunk_self=8, steps=6, eval_every=3,
+             eval_rows=2, save_every=2, log_every=1, cms_levels=2, cms_mult=1.0, params=0)
 
 
 @pytest.fixture(scope="module")
@@ -608,8 +638,9 @@ def go(out, **kw):
     return cfg
 
 
-@pytest.mark.parametrize("kw", [dict(), dict(optimizer="adamw", cms="context", periods=(4, 8), surprise_threshold=0.02),
-                                dict(variant="mac", optimizer="m3", micro=2), dict(task="recall", length=64, vocab=64)])
+@pytest.mark.parametrize("kw",
+                         [dict(), dict(optimizer="adamw", cms="context", periods=(4, 8), surprise_threshold=0.02),
+                          dict(variant="mac", optimizer="m3", micro=2), dict(task="recall", length=64, vocab=64)])
 def test_resume_is_bit_exact(tmp_path, story, kw, monkeypatch):
     go(tmp_path / "a", data=story, **kw)
     calls = []
@@ -636,7 +667,8 @@ def test_loss_falls_and_gradient_accumulation_changes_nothing(tmp_path, story):
     losses = [r["loss"] for r in rows_of(tmp_path / "a")]
     assert losses[-1] < losses[0] - 1.0
     for x, y in zip(rows_of(tmp_path / "b"), rows_of(tmp_path / "c")):
-        assert abs(x["loss"] - y["loss"]) < 1e-5 and abs(x["grad_norm"] - y["grad_norm"]) < 1e-4   # float32 sums
+        # float32 sums
+        assert abs(x["loss"] - y["loss"]) < 1e-5 and abs(x["grad_norm"] - y["grad_norm"]) < 1e-4
 
 
 def test_curriculum_keeps_tokens_per_step(tmp_path, story):
@@ -679,14 +711,16 @@ def test_strict_verify_finds_every_kind_of_damage(tmp_path, story):
 
 def script(*words, ranks=1, cwd=None):
     root = pathlib.Path(h.__file__).parent
-    head = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
+    head = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run",
+                                                f"--nproc_per_node={ranks}",
                                                 f"--master_port={random.randint(20000, 40000)}"]
     return subprocess.run([*head, str(root / "hope_lm.py"), *words], capture_output=True, text=True, cwd=cwd,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, timeout=240)
 
 
 def flags(**kw):
-    return [w for k, v in {**SMALL, "device": "cpu", **kw}.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+    settings = {**SMALL, "device": "cpu", **kw}
+    return [w for k, v in settings.items() for w in (f"--{k.replace('_', '-')}", str(v))]
 
 
 @pytest.mark.parametrize("shard", ["ddp", "zero1", "fsdp2"])
@@ -695,9 +729,9 @@ def test_two_gloo_ranks_equal_one_process(tmp_path, story, shard):
     assert done.returncode == 0, done.stderr[-2000:]
     go(tmp_path / "one", data=story, steps=3)
     two, one = ([r["loss"] for r in rows_of(tmp_path / d)] for d in ("two", "one"))
-    assert np.allclose(two, one, atol=2e-5)         # the mean of two half-batch means, in float32, over three steps
+    assert np.allclose(two, one, atol=2e-5)  # the mean of two half-batch means, in float32, over three steps
     a, b = (run.load_weights(tmp_path / d / "weights.safetensors")[0] for d in ("two", "one"))
-    assert max((a[k] - b[k]).abs().max() for k in a) < 2e-3         # Muon turns rounding into up to lr 0.02 x 2^-5
+    assert max((a[k] - b[k]).abs().max() for k in a) < 2e-3  # Muon turns rounding into up to lr 0.02 x 2^-5
 
 
 def test_two_launches_of_two_gloo_ranks_have_one_loss_trace(tmp_path, story):
@@ -724,9 +758,12 @@ def test_sigkill_then_the_same_command_ends_in_the_same_bits(tmp_path, story):
 
 
 def test_mistakes_are_one_line(tmp_path, story):
-    for words, found in ((["train", "--variant", "hopp"], "did you mean 'hope'"), (["ablate", "optimiser"], "did you mean"),
-                         (["train", "--data", "/nowhere"], "no text"), (["evaluate", str(tmp_path)], "no weights"),
-                         (["train", "--cms-wiring", "nested"], "--cms context"), (["train", "--inner", "dmgd"], "--boundary")):
+    for words, found in ((["train", "--variant", "hopp"], "did you mean 'hope'"),
+                         (["ablate", "optimiser"], "did you mean"),
+                         (["train", "--data", "/nowhere"], "no text"),
+                         (["evaluate", str(tmp_path)], "no weights"),
+                         (["train", "--cms-wiring", "nested"], "--cms context"),
+                         (["train", "--inner", "dmgd"], "--boundary")):
         done = script(*words, "--out", str(tmp_path / "x"))
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and found in done.stderr, done.stderr
 
@@ -739,4 +776,5 @@ def test_corpus_tokenizer_shard_validate_train_from_the_command_line(tmp_path, s
         done = script(*words, cwd=tmp_path)
         assert done.returncode == (words[0] == "verify"), (words, done.stderr)
     assert json.loads((tmp_path / "c/counts.json").read_text())["story"]["kept"] == 1
-    assert h.open_data(h.Config(data=str(tmp_path / "s"), vocab=300)).batch((0, 1), range(2), 16).shape == (2, 17)
+    data = h.open_data(h.Config(data=str(tmp_path / "s"), vocab=300))
+    assert data.batch((0, 1), range(2), 16).shape == (2, 17)

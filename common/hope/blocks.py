@@ -1,7 +1,8 @@
-"""Parts of a language model that are nobody's experiment: norms, convolution, rotary attention, DeltaNet, SwiGLU.
+"""Parts of a language model that are nobody's experiment: norms, convolution, rotary
+attention, DeltaNet, SwiGLU.
 
-A sequence mixer maps (x [B,T,D], state dict) -> (y [B,T,D], state dict).  An empty state is a fresh context, a returned
-one continues it, so training, scoring, sampling and memorising are the same forward pass.
+A sequence mixer maps (x [B,T,D], state dict) -> (y [B,T,D], state dict).  An empty state is a fresh context,
+a returned one continues it, so training, scoring, sampling and memorising are the same forward pass.
 
 B sequences  T tokens  D width  H heads  M stacked  K head width
 """
@@ -82,7 +83,8 @@ def rope(x, start, theta=10_000.0):
 
 
 class Attention(nn.Module):
-    """Causal softmax attention with rotary positions; window > 0: sliding, cost linear in T; P always visible."""
+    """Causal softmax attention with rotary positions; window > 0: sliding, cost linear
+    in T; P always visible."""
 
     def __init__(self, D, heads, out_std=0.02, window=0, persistent=0):
         super().__init__()
@@ -101,20 +103,24 @@ class Attention(nn.Module):
         if not W and self.persistent is None and not past:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            y = torch.cat([self._block(q[:, :, lo:lo + (W or T)], k, v, past + lo) for lo in range(0, T, W or T)], 2)
+            step = W or T
+            y = torch.cat([self._block(q[:, :, lo:lo + step], k, v, past + lo) for lo in range(0, T, step)],
+                          2)
         keep = slice(max(0, past + T - W + 1), None) if W else slice(None)
         state = dict(kv=(k[:, :, keep], v[:, :, keep]), position=start + T)
         return self.out(y.transpose(1, 2).reshape(B, T, D)), state
 
     def _block(self, q, k, v, at):
-        """Queries at key index at, at+1, ... see the last `window` keys (all when 0) and the persistent ones."""
+        """Queries at key index at, at+1, ... see the last `window` keys (all when 0)
+        and the persistent ones."""
         n, first = q.shape[2], max(0, at - self.window + 1) if self.window else 0
         k, v = k[:, :, first:at + n], v[:, :, first:at + n]
         row = torch.arange(at, at + n, device=q.device)[:, None]
         column = torch.arange(first, at + n, device=q.device)[None]
         seen = (column <= row) & (column > row - self.window if self.window else True)
         if self.persistent is not None:
-            pk, pv = (p.to(q.dtype).view(1, -1, self.heads, q.shape[-1]).transpose(1, 2).expand(len(q), -1, -1, -1)
+            shape = 1, -1, self.heads, q.shape[-1]
+            pk, pv = (p.to(q.dtype).view(shape).transpose(1, 2).expand(len(q), -1, -1, -1)
                       for p in self.persistent)
             k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
             seen = F.pad(seen, (pk.shape[2], 0), value=True)
@@ -122,7 +128,8 @@ class Attention(nn.Module):
 
 
 class DeltaNet(nn.Module):
-    """S_t = a S_{t-1} (I - b k k^T) + b v k^T, o = S_t q: Gated DeltaNet; a = 1 without the gate: DeltaNet."""
+    """S_t = a S_{t-1} (I - b k k^T) + b v k^T, o = S_t q: Gated DeltaNet; a = 1
+    without the gate: DeltaNet."""
 
     def __init__(self, D, heads, out_std=0.02, gated=False, chunk=64, taps=4):
         super().__init__()
@@ -140,15 +147,17 @@ class DeltaNet(nn.Module):
         q, k, v = (cut(p, self.heads) for p in F.silu(c).chunk(3, -1))
         q, k = unit(q) * q.shape[-1] ** -0.5, unit(k)
         beta = rates(self.beta, x, 1)[0].sigmoid()
-        log_keep = -self.log_rate.exp()[:, None, None] * F.softplus(rates(self.decay, x, 1)[0]) if self.gated \
-            else torch.zeros_like(beta)
+        log_keep = torch.zeros_like(beta)
+        if self.gated:
+            log_keep = -self.log_rate.exp()[:, None, None] * F.softplus(rates(self.decay, x, 1)[0])
         o, S = delta_net(q, k, v, beta, log_keep, state.get("memory"), self.chunk)
         y = glue(self.norm(o)).to(x.dtype)
         return self.out(y * F.silu(self.open(x)) if self.gated else y), dict(tail=tail, memory=S)
 
 
 def delta_net(q, k, v, beta, log_keep, S, chunk):
-    """Gated delta rule by chunks: q, k, v [..., T, K], beta, log_keep [..., T], S [..., K, K] or None -> (o, S)."""
+    """Gated delta rule by chunks: q, k, v [..., T, K], beta, log_keep [..., T], S [..., K,
+    K] or None -> (o, S)."""
     if S is None:
         S = v.new_zeros(*v.shape[:-2], v.shape[-1], k.shape[-1])
     outs = []
@@ -156,7 +165,8 @@ def delta_net(q, k, v, beta, log_keep, S, chunk):
         for lo in range(0, k.shape[-2], chunk):
             at = slice(lo, lo + chunk)
             x, b, a = k[..., at, :], beta[..., at], log_keep[..., at]
-            S, _, out = advance(S, None, x, b[..., None] * v[..., at, :], b * a.exp(), decays(a), q=q[..., at, :])
+            S, _, out = advance(S, None, x, b[..., None] * v[..., at, :], b * a.exp(), decays(a),
+                                q=q[..., at, :])
             outs.append(out)
     return torch.cat(outs, -2), S
 
@@ -181,7 +191,8 @@ class SwiGLU(nn.Module):
 
 
 def pieces(total, first, size):
-    """Sizes that cut `total` tokens at the boundaries of chunks of `size`, the first of which has `first` left."""
+    """Sizes that cut `total` tokens at the boundaries of chunks of `size`, the first of
+    which has `first` left."""
     first = min(total, first)
     whole, rest = divmod(total - first, size)
     return [first] + [size] * whole + [rest] * (rest > 0)
@@ -197,5 +208,24 @@ def detached(tree):
 
 def nll(logits_BTV, target_BT):
     loss = F.cross_entropy(logits_BTV.float().flatten(0, 1) if logits_BTV.dtype != torch.float64
-                           else logits_BTV.flatten(0, 1), target_BT.flatten(), ignore_index=-1, reduction="none")
+                           else logits_BTV.flatten(0, 1), target_BT.flatten(), ignore_index=-1,
+                           reduction="none")
     return loss.view_as(target_BT)
+
+
+def sum_gates(tree):
+    """(gates open, gates seen) over all Memory states in a tree of dicts."""
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    if isinstance(tree, tuple) and len(tree) == 4 and isinstance(tree[3], list):
+        return float(tree[3][0]), tree[3][1]
+    pairs = [sum_gates(t) for t in tree] if isinstance(tree, list) else []
+    return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
+
+
+def teach_signal(logits_BTV, target_BT, head_VD):
+    """dL/dh at the head's input for the summed cross entropy: (softmax(z) - onehot(y)) W, 0
+    where there is no target."""
+    p = logits_BTV.softmax(-1)
+    p = p - F.one_hot(target_BT.clamp(min=0), p.shape[-1])
+    return (p * (target_BT >= 0)[..., None]) @ head_VD

@@ -1,9 +1,13 @@
-"""From raw documents to a corpus worth training on: language, length, exact and near duplicates, overlap, provenance.
+"""From raw documents to a corpus worth training on: language, length, exact and near
+duplicates, overlap, provenance.
 
     clean(documents, rules)      -> kept documents, counts per rule
-    english(text)                -> P(English), naive Bayes over character 1-3-grams of common/hope/languages.json
-    near_duplicates(texts)       -> indices to drop: MinHash of word 5-grams, 14 bands of 8, first of a cluster stays
-    validate(folder, evaluation) -> problems of a shard folder: files, hashes, counts, licences, 13-gram overlap
+    english(text)                -> P(English), naive Bayes over character 1-3-grams of
+                                    common/hope/languages.json
+    near_duplicates(texts)       -> indices to drop: MinHash of word 5-grams, 14 bands of 8, first of a
+                                    cluster stays
+    validate(folder, evaluation) -> problems of a shard folder: files, hashes, counts, licences, 13-gram
+                                    overlap
 """
 
 import collections
@@ -18,13 +22,14 @@ import numpy as np
 
 from common.ckpt import sha256_file, write_atomic
 from common.flags import UserError
-from common.hope.text import BPE, coverage, documents, guard, read_manifest
+from common.hope.text import BPE, coverage, documents, guard, read_manifest, shard
 
-# --- language ------------------------------------------------------------------------------------------------
+# --- language -----------------------------------------------------------------------------------------------
 
 
 def grams(text):
-    """Counts of the character 1-, 2- and 3-grams of lower-cased letters; every run of anything else is one space."""
+    """Counts of the character 1-, 2- and 3-grams of lower-cased letters; every run of
+    anything else is one space."""
     text = " " + re.sub(r"[\W\d_]+", " ", text.lower()).strip() + " "
     return collections.Counter(text[i:i + n] for n in (1, 2, 3) for i in range(len(text) - n + 1))
 
@@ -37,14 +42,17 @@ def _models():
     return {language: (c, math.log(sum(c.values()) + 0.5 * vocabulary)) for language, c in counts.items()}
 
 
-STOP_WORDS = frozenset("the of and to in a is that for it as was with be by on not he his but at are this have from or"
-                       " had an they which you we her she all their one there been if more when will would who so no".split())
+STOP_WORDS = frozenset("the of and to in a is that for it as was with be by on not he his but at are this "
+                       "have from or"
+                       " had an they which you we her she all their one there been if more when will would "
+                       "who so no".split())
 
 
 def english(text, limit=2000):
     """P(English | first `limit` characters), uniform over the known languages; 0 for a text without letters.
 
-    The evidence of overlapping grams is tempered by 1/3, and a text without English stop words halves the odds.
+    The evidence of overlapping grams is tempered by 1/3, and a text without English stop words halves the
+    odds.
     """
     found = grams(text[:limit])
     if sum(n for g, n in found.items() if g.strip()) == 0:
@@ -60,7 +68,7 @@ def english(text, limit=2000):
     return weights["en"] / sum(weights.values())
 
 
-# --- duplicates ------------------------------------------------------------------------------------------------
+# --- duplicates ---------------------------------------------------------------------------------------------
 
 P61 = np.uint64((1 << 61) - 1)
 
@@ -83,7 +91,8 @@ def minhash(text, hashes=112, seed=0):
     """Signature [hashes] of the set of word 5-grams (the whole text when it is shorter)."""
     words = text.lower().split()
     shingles = {" ".join(words[i:i + 5]) for i in range(max(1, len(words) - 4))}
-    x = np.array([int.from_bytes(hashlib.blake2b(s.encode("utf-8", "surrogatepass"), digest_size=4).digest(), "big")
+    code = lambda s: s.encode("utf-8", "surrogatepass")     # noqa: E731
+    x = np.array([int.from_bytes(hashlib.blake2b(code(s), digest_size=4).digest(), "big")
                   for s in shingles], np.uint64)
     draw = np.random.default_rng(seed)
     a = draw.integers(1, int(P61), (hashes, 1), dtype=np.uint64)
@@ -113,8 +122,9 @@ def near_duplicates(texts, bands=14, rows=8):
 def clean(documents, min_chars=200, max_chars=8000, min_english=0.85, code=False, near=True, seen=None):
     """Normalise and filter documents -> (kept texts, counts per rule).
 
-    code: keep line breaks and indentation, P(English) >= 0.5, up to 16 000 characters.  seen: set of blake2b-64 hashes
-    shared between sources, so that exact duplicates go over the whole corpus; it is filled here.
+    code: keep line breaks and indentation, P(English) >= 0.5, up to 16 000 characters.  seen: set of
+    blake2b-64 hashes shared between sources, so that exact duplicates go over the whole corpus; it is filled
+    here.
     """
     if code:
         max_chars, min_english = max(max_chars, 16_000), min(min_english, 0.5)
@@ -124,7 +134,8 @@ def clean(documents, min_chars=200, max_chars=8000, min_english=0.85, code=False
         text = text.strip() if code else " ".join(text.split())
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         reason = ("too_short" if len(text) < min_chars else "too_long" if len(text) > max_chars
-                  else "exact_duplicate" if digest in seen else "language" if english(text) < min_english else "")
+                  else "exact_duplicate" if digest in seen else "language" if english(text) < min_english
+                  else "")
         counts[reason or "passed"] += 1
         if not reason:
             seen.add(digest)
@@ -134,7 +145,7 @@ def clean(documents, min_chars=200, max_chars=8000, min_english=0.85, code=False
     return kept, {**counts, "near_duplicate": len(drop), "kept": len(kept)}
 
 
-# --- overlap and provenance ------------------------------------------------------------------------------------------
+# --- overlap and provenance ---------------------------------------------------------------------------------
 
 
 def windows(tokens, n=13):
@@ -193,21 +204,22 @@ def validate(folder, evaluation=(), limit=0.05):
     return problems
 
 
-# --- commands ------------------------------------------------------------------------------------------------------
+# --- commands -----------------------------------------------------------------------------------------------
 
 
 def sources(path):
     """Sources under a path -> dicts with name, documents, weight, licence, url, code.
 
-    A sources.json (or a folder that holds one) lists objects with name, path, weight, licence, url and optionally sha256
-    and code; anything else is one source.  "": the Python standard library.
+    A sources.json (or a folder that holds one) lists objects with name, path, weight, licence, url and
+    optionally sha256 and code; anything else is one source.  "": the Python standard library.
     """
     root = pathlib.Path(path) if path else None
     listing = root / "sources.json" if root and root.is_dir() else root
     if not root or listing.suffix != ".json" or not listing.is_file():
-        facts = ("PSF-2.0", "https://docs.python.org/3/library") if not path else ("unknown", f"file:{root.name}")
-        return [dict(name=root.stem if root else "stdlib", documents=documents(path), weight=1.0, licence=facts[0],
-                     url=facts[1], code=not path)]
+        facts = ("PSF-2.0", "https://docs.python.org/3/library")
+        facts = ("unknown", f"file:{root.name}") if path else facts
+        return [dict(name=root.stem if root else "stdlib", documents=documents(path), weight=1.0,
+                     licence=facts[0], url=facts[1], code=not path)]
     found = []
     for entry in json.loads(listing.read_text()):
         missing = {"name", "path", "weight", "licence", "url"} - entry.keys()
@@ -215,17 +227,19 @@ def sources(path):
             raise UserError(f"{listing}: source {entry.get('name', '?')} has no {', '.join(sorted(missing))}")
         file = listing.parent / entry["path"]
         if entry.get("sha256") and (not file.is_file() or sha256_file(file) != entry["sha256"]):
-            raise UserError(f"{file} is missing or not the file {listing} expects (sha256 {entry['sha256'][:12]}...)")
+            raise UserError(f"{file} is missing or not the file {listing} expects "
+                            f"(sha256 {entry['sha256'][:12]}...)")
         found.append({"code": False, **entry, "documents": documents(str(file))})
     return found
 
 
 def build(path, out, min_english):
-    """Clean every source into out/NAME.jsonl; exact duplicates go over all of them.  Writes sources.json, counts.json."""
+    """Clean every source into out/NAME.jsonl; writes sources.json and counts.json."""
     out, seen, listing, counts = pathlib.Path(out), set(), [], {}
     out.mkdir(parents=True, exist_ok=True)
     for source in sources(path):
-        kept, counts[source["name"]] = clean(source["documents"], min_english=min_english, code=source["code"], seen=seen)
+        kept, counts[source["name"]] = clean(source["documents"], min_english=min_english,
+                                             code=source["code"], seen=seen)
         file = out / f"{source['name']}.jsonl"
         write_atomic(file, "".join(json.dumps({"text": t}) + "\n" for t in kept).encode())
         listing.append(dict(path=file.name, sha256=sha256_file(file),
@@ -236,7 +250,7 @@ def build(path, out, min_english):
 
 
 def train_tokenizer(path, out, vocab):
-    """BPE on the combined sources -> out/tokenizer.json, coverage.json; refuses to get worse than coverage.json there."""
+    """BPE on the combined sources -> out/tokenizer.json, coverage.json; never worse than before."""
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
     texts = [t for source in sources(path) for t in source["documents"]]
@@ -245,7 +259,37 @@ def train_tokenizer(path, out, vocab):
     if baseline.exists():
         worse = guard(found, json.loads(baseline.read_text()))
         if worse:
-            raise UserError(f"the new tokenizer is worse than {baseline} in {', '.join(worse)}; move that file to accept it")
+            raise UserError(f"the new tokenizer is worse than {baseline} in {', '.join(worse)}; "
+                            "move that file to accept it")
     bpe.save(out / "tokenizer.json")
-    write_atomic(baseline, json.dumps(dict(found, vocab_size=bpe.vocab_size, sha256=bpe.sha256), indent=1).encode())
+    facts = dict(found, vocab_size=bpe.vocab_size, sha256=bpe.sha256)
+    write_atomic(baseline, json.dumps(facts, indent=1).encode())
     print(json.dumps(found, indent=1))
+
+
+# --- commands of hope_lm.py ---------------------------------------------------------------------------------
+
+
+def make_corpus(cfg):
+    """Filter and deduplicate --data (text, folder, sources.json) into OUT/NAME.jsonl and lists."""
+    build(cfg.data, cfg.out, cfg.min_english)
+
+
+def make_tokenizer(cfg):
+    """Train a byte-level BPE of --vocab tokens on --data; coverage.json in --out is a guard."""
+    train_tokenizer(cfg.data, cfg.out, cfg.vocab)
+
+
+def make_shards(cfg):
+    """Tokenise the sources of --data into rows of --length + 1 tokens under --out, with a manifest."""
+    shard(sources(cfg.data), BPE.load(cfg.tokenizer) if cfg.tokenizer else BPE(), cfg.out, cfg.length)
+
+
+def make_check(cfg):
+    """Check the shards of --data: files, hashes, counts, licences, overlap also with the texts named."""
+    root = pathlib.Path(cfg.data)
+    bpe = BPE.load(root / "tokenizer.json")
+    problems = validate(root, {w: bpe.encode("\n".join(documents(w))) for w in cfg.words})
+    print("\n".join(problems) or f"{root}: no problems")
+    if problems:
+        raise SystemExit(1)

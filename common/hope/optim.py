@@ -1,13 +1,16 @@
-"""Outer optimizers: Muon and M3 beside AdamW, slow clocks, and one copy of the state over all ranks (ZeRO-1, FSDP2).
+"""Outer optimizers: Muon and M3 beside AdamW, slow clocks, and one copy of the state over
+all ranks (ZeRO-1, FSDP2).
 
-    split(named parameters)          matrices -> Muon or M3; embeddings, norms, biases, kernels, stacks -> AdamW
-    Outer(groups, ...)               .step(step, factor): clocks, both optimizers, ZeRO-1 broadcast; .state_dict()
+    split(named parameters)          matrices -> Muon or M3; embeddings, norms, biases, kernels, stacks ->
+                                     AdamW
+    Outer(groups, ...)               .step(step, factor): clocks, both optimizers, ZeRO-1 broadcast;
+                                     .state_dict()
 """
 
 import torch
 import torch.distributed as dist
 
-try:                                                # torch without distributed support still trains on one device
+try:  # torch without distributed support still trains on one device
     from torch.distributed.tensor import DTensor, distribute_tensor
 except ImportError:
     DTensor = ()
@@ -24,7 +27,8 @@ def like(x, ref):
 
 
 def newton_schulz(G, steps=5):
-    """Nearest semi-orthogonal matrix of each G [..., O, I], roughly: the quintic iteration drives singular values to ~1."""
+    """Nearest semi-orthogonal matrix of each G [..., O, I], roughly: the quintic iteration drives
+    singular values to ~1."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.bfloat16() if G.is_cuda else G.float()
     tall = X.shape[-2] > X.shape[-1]
@@ -48,7 +52,8 @@ def orthogonal(updates, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, Nesterov mix, orthogonalised; step lr max(1, O/I)^1/2, decoupled weight decay.  Matrices only."""
+    """Momentum, Nesterov mix, orthogonalised; step lr max(1, O/I)^1/2, decoupled weight
+    decay.  Matrices only."""
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -131,7 +136,8 @@ class Outer:
                 load[self.owner[name]] += self.named[name].numel()
         mine = [n for n in self.named if not self.owner or self.owner[n] == zero1.rank]
         self.period = {n: period(n) for n in self.named}
-        self.counts = {k: sum(self.named[n].numel() for n in self.named if (n in set(matrices)) == (k == "matrix"))
+        self.counts = {k: sum(self.named[n].numel() for n in self.named
+                              if (n in set(matrices)) == (k == "matrix"))
                        for k in ("matrix", "rest")}
         fused = next(iter(self.named.values())).is_cuda
         plain = [self.named[n] for n in mine if n not in matrices]
@@ -139,12 +145,13 @@ class Outer:
                   dict(params=[p for p in plain if p.ndim <= 1], weight_decay=0.0)]
         self.parts = {}
         if plain:
-            self.parts["adamw"] = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95),
-                                                    fused=fused)
+            self.parts["adamw"] = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr,
+                                                    betas=(0.9, 0.95), fused=fused)
         chosen = [self.named[n] for n in mine if n in matrices]
         if chosen:
             make = Muon if kind == "muon" else M3
-            self.parts["matrix"] = make(chosen, lr=matrix_lr, weight_decay=weight_decay, **(m3 if kind == "m3" else {}))
+            self.parts["matrix"] = make(chosen, lr=matrix_lr, weight_decay=weight_decay,
+                                        **(m3 if kind == "m3" else {}))
         self.base = {k: [g["lr"] for g in part.param_groups] for k, part in self.parts.items()}
 
     def step(self, step, factor):
@@ -171,7 +178,8 @@ class Outer:
         return moved
 
     def state_dict(self):
-        return {"held": local(dict(self.held)), **{k: local(part.state_dict()) for k, part in self.parts.items()}}
+        return {"held": local(dict(self.held)),
+                **{k: local(part.state_dict()) for k, part in self.parts.items()}}
 
     def load_state_dict(self, tree):
         self.held = {n: spread(g, self.named[n]) for n, g in tree["held"].items()}
@@ -194,15 +202,17 @@ def local(tree):
 
 def spread(x, ref):
     """This rank's part back into a tensor laid out like ref."""
-    return DTensor.from_local(x.to(ref.device), ref.device_mesh, ref.placements, shape=ref.shape, stride=ref.stride()) \
+    return DTensor.from_local(x.to(ref.device), ref.device_mesh, ref.placements, shape=ref.shape,
+                              stride=ref.stride()) \
         if isinstance(ref, DTensor) else x.to(ref.device)
 
 
 def distribute(objective, blocks, shard, bf16, ddp):
-    """Wrap an objective (which holds .net) for the ranks -> (module, zero1 ranks or None, states each rank saves).
+    """Wrap an objective (which holds .net) for the ranks -> (module, zero1 ranks or None,
+    states each rank saves).
 
-    ddp: gradients averaged; zero1: the same, optimizer state split (Outer); fsdp2: weights split too, by block, and the
-    root keeps what blocks share, such as a tied embedding.
+    ddp: gradients averaged; zero1: the same, optimizer state split (Outer); fsdp2: weights split too, by
+    block, and the root keeps what blocks share, such as a tied embedding.
     """
     if ddp.world == 1:
         return objective, None, {}
@@ -223,7 +233,8 @@ class Shards:
     """A net's parameters as this rank holds them (FSDP2), for a checkpoint per rank."""
 
     def __init__(self, net):
-        self.params = dict(net.named_parameters())  # taken while sharded: after a forward pass the root's are whole
+        # taken while sharded: after a forward pass the root's are whole
+        self.params = dict(net.named_parameters())
 
     def state_dict(self):
         return {n: p.detach().to_local() for n, p in self.params.items()}

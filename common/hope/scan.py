@@ -2,11 +2,13 @@
 
     W_t = a_t W_{t-1} - rho_t (W_{t-1} x_t) x_t^T + S_t,      S_t = m_t S_{t-1} + w_t x_t^T
 
-covers Titans (rho = 0), HOPE (DGD with momentum), DeltaNet and Gated DeltaNet (m = 0).  Inside a chunk of C tokens the
-write rows w_t are known beforehand, so the recurrence is a few matrix products and one unit triangular inverse, exact
-up to rounding; tests/test_hope_lm.py holds it to the token loop at 1e-10.  Decay products stand in log space.
+covers Titans (rho = 0), HOPE (DGD with momentum), DeltaNet and Gated DeltaNet (m = 0).  Inside a chunk of C
+tokens the write rows w_t are known beforehand, so the recurrence is a few matrix products and one unit
+triangular inverse, exact up to rounding; tests/test_hope_lm.py holds it to the token loop at 1e-10.  Decay
+products stand in log space.
 
-The chunk's backward is written out: autograd's own keeps three times the tensors and passes over memory twice as often.
+The chunk's backward is written out: autograd's own keeps three times the tensors and passes
+over memory twice as often.
 
 C tokens of a chunk  O, I rows out, in
 """
@@ -19,7 +21,8 @@ import torch.nn.functional as F
 
 
 class Decay(NamedTuple):
-    """Weights of the past in W_t: A of W_0, B of S_0, C of write i (None without momentum: R), R of correction i."""
+    """Weights of the past in W_t: A of W_0, B of S_0, C of write i (None without momentum:
+    R), R of correction i."""
     A: torch.Tensor
     B: torch.Tensor | None
     C: torch.Tensor | None
@@ -27,13 +30,37 @@ class Decay(NamedTuple):
 
 
 class End(NamedTuple):
-    """The same at the chunk's last token, and H, RH: weights of S_0 and of write i in its S (None without momentum)."""
+    """The same at the chunk's last token, and H, RH: weights of S_0 and of write i in its S
+    (None without momentum)."""
     A: torch.Tensor
     B: torch.Tensor | None
     C: torch.Tensor | None
     R: torch.Tensor
     H: torch.Tensor | None
     RH: torch.Tensor | None
+
+
+class SiLU(torch.autograd.Function):
+    """s(z) = z sigmoid(z) and its slope s'(z): a memory's own gradient needs both, and is
+    itself differentiated."""
+
+    @staticmethod
+    def forward(ctx, z):
+        gate = torch.sigmoid(z)
+        y = z * gate
+        slope = torch.addcmul(gate, y, 1 - gate)
+        ctx.save_for_backward(z, gate, slope)
+        ctx.set_materialize_grads(False)
+        return y, slope
+
+    @staticmethod
+    def backward(ctx, gy, gslope):
+        z, gate, slope = ctx.saved_tensors
+        grad = gy * slope if gy is not None else torch.zeros_like(z)
+        if gslope is not None:                      # s'' = sigmoid' (2 + z (1 - 2 sigmoid))
+            second = (1 - 2 * gate).mul_(z).add_(2).mul_(gate).mul_(1 - gate)
+            grad.addcmul_(gslope, second)
+        return grad
 
 
 class Ratios(torch.autograd.Function):
@@ -54,7 +81,8 @@ class Ratios(torch.autograd.Function):
 def decays(log_keep, log_mom=None, before=True, now=True):
     """Decay products of a chunk in log space: log a_t, log m_t [..., C] -> (Decay at t-1, Decay at t, End).
 
-    A_t = prod a, R_ti = A_t/A_i, H_t = prod m, RH_ti = H_t/H_i, C = R RH, B = R H.  A Decay not asked for is None.
+    A_t = prod a, R_ti = A_t/A_i, H_t = prod m, RH_ti = H_t/H_i, C = R RH, B = R H.  A Decay not asked for is
+    None.
     """
     total = log_keep.cumsum(-1)
     if log_mom is not None:
@@ -63,11 +91,12 @@ def decays(log_keep, log_mom=None, before=True, now=True):
 
     def at(log, diagonal):
         R = Ratios.apply(log, total, diagonal)
-        return Decay(log.exp(), None, None, R) if log_mom is None else Decay(log.exp(), (R @ H)[..., 0], R @ RH, R)
+        return Decay(log.exp(), *((None, None) if log_mom is None else ((R @ H)[..., 0], R @ RH)), R)
 
     R = (total[..., -1:] - total).exp()
     end = End(total[..., -1].exp(), None, None, R, None, None) if log_mom is None else \
-        End(total[..., -1].exp(), (R * H[..., 0]).sum(-1), (R[..., None, :] @ RH)[..., 0, :], R, H[..., -1, 0], RH[..., -1, :])
+        End(total[..., -1].exp(), (R * H[..., 0]).sum(-1), (R[..., None, :] @ RH)[..., 0, :], R,
+            H[..., -1, 0], RH[..., -1, :])
     return at(total - log_keep, -1) if before else None, at(total, 0) if now else None, end
 
 
@@ -76,8 +105,14 @@ def into(grad, like):
     return grad if grad is None or like is None or grad.shape == like.shape else grad.sum_to_size(like.shape)
 
 
+def plus(total, a, b):
+    """total + a b, in place where the shapes allow it."""
+    return total.addcmul_(a, b) if total.shape == b.shape else total + a * b
+
+
 def look(W, S, x, w, u, z, at, Wz=None):
-    """W_t z_t of every token t, from the chunk's first W, S and its rows -> (out, what the backward needs)."""
+    """W_t z_t of every token t, from the chunk's first W, S and its rows -> (out,
+    what the backward needs)."""
     score = z @ x.mT
     Wz = z @ W.mT if Wz is None else Wz
     rows = w + u if u is not None and at.C is None else w
@@ -147,9 +182,9 @@ class Chunk(torch.autograd.Function):
             out, second = look(W, S, x, w, u, q, now if late else before)
         rows = (end.R if end.C is None else end.C)[..., None] * w
         if u is not None:
-            rows = rows.addcmul_(end.R[..., None], u) if rows.shape == u.shape else rows + end.R[..., None] * u
+            rows = plus(rows, end.R[..., None], u)
         W_new, S_new = rows.mT @ x, None
-        W_new = W_new.addcmul_(end.A[..., None, None], W) if W_new.shape == W.shape else W_new + end.A[..., None, None] * W
+        W_new = plus(W_new, end.A[..., None, None], W)
         if end.H is not None:
             S_new = (end.RH[..., None] * w).mT @ x
             if S is not None:
@@ -190,7 +225,7 @@ class Chunk(torch.autograd.Function):
             part = look_back(gout, W, S, x, w, u, q, now if ctx.late else before, second)
             gW, gS, gx, gw, gu, gq = (add(a, b) for a, b in zip((gW, gS, gx, gw, gu, None), part))
             g_now, g_before = (part[7], g_before) if ctx.late else (g_now, part[7])
-        if rho is not None and gu is not None:          # r = (I + L)^-1 right, L = R * x x^T * rho_i, u = -rho r
+        if rho is not None and gu is not None:  # r = (I + L)^-1 right, L = R * x x^T * rho_i, u = -rho r
             gright = T.mT @ (gu * -rho[..., None])
             glow, gram = gright @ r.mT, first[0]        # minus the gradient of L
             part = look_back(gright, W, S, x, w, None, x, before, first, Wx is None)
@@ -210,9 +245,10 @@ def advance(W, S, x, w, rho, rates, Wx=None, q=None, late=True):
     """A chunk of writes w x^T and corrections -rho (W x) x^T -> (W [..,O,I], S, out).
 
     W, S: [..., O, I] at the chunk's start (S None: zero, or no momentum); x [..., C, I]; w [..., C, O];
-    rho [..., C] or None; Wx: x W^T where it is known already; rates: decays(...).  out: W_t q_t of every token's own
-    q [..., C, I], after its write (late) or before it; None without q.  The corrections u_t = -rho_t W_{t-1} x_t solve
-    (I + R_{t-1,i} rho_i x_i.x_t) r = A_{t-1} W x + B_{t-1} S x + (C_{t-1} * x x^T) w.
+    rho [..., C] or None; Wx: x W^T where it is known already; rates: decays(...).  out: W_t q_t of every
+    token's own q [..., C, I], after its write (late) or before it; None without q.  The corrections u_t =
+    -rho_t W_{t-1} x_t solve (I + R_{t-1,i} rho_i x_i.x_t) r = A_{t-1} W x + B_{t-1} S x + (C_{t-1} * x x^T)
+    w.
     """
     before, now, end = rates
     return Chunk.apply(late, W, S, x, w, rho, Wx, q, *(before or [None] * 4), *(now or [None] * 4), *end)
@@ -222,7 +258,8 @@ def chunk_rule(kind, W, S, g, keep, log_mom):
     """Rules without an exact token form, applied once to a chunk's summed step eta g [..., O, I].
 
     delta_momentum (NL 49)  m <- m (a I - g^T g / |g|^2) - g;   W <- keep W + m
-    dmgd (NL 50)            W <- keep W + m_phi(g), m_phi(g) = -g + s(g) phi^T;  phi <- a phi - d<m_phi(g), 1>/dphi
+    dmgd (NL 50)            W <- keep W + m_phi(g), m_phi(g) = -g + s(g) phi^T;  phi <- a phi - d<m_phi(g),
+                            1>/dphi
     """
     a = 0.9 if log_mom is None else log_mom.mean(-1).exp()[..., None, None]
     keep = keep[..., None, None]

@@ -15,17 +15,19 @@ PARTS = ("config", "data", "cursor", "torch_rng", "numpy_rng", "python_rng")
 
 
 def config_hash(config, free):
-    """SHA-256 of what makes a run itself: every field but the free ones, which may change when it continues."""
+    """SHA-256 of what makes a run itself: every field but the free ones, which may
+    change when it continues."""
     kept = json.dumps({k: v for k, v in config.items() if k not in free}, sort_keys=True)
     return hashlib.sha256(kept.encode()).hexdigest()
 
 
 def record(config, free, data, step):
-    """Hashes of config, data and tokenizer; RNG states (for audits: noise is a function of the step); loader cursor."""
+    """Hashes of config, data and tokenizer; RNG states (for audits: noise is a function of the
+    step); loader cursor."""
     _, keys, position, *_ = np.random.get_state()
     return dict(config=config_hash(config, free), data=data, cursor=dict(step=step, seed=config["seed"]),
-                torch_rng=torch.get_rng_state(), numpy_rng=keys.astype(np.int64), numpy_position=int(position),
-                python_rng=torch.tensor(random.getstate()[1]))
+                torch_rng=torch.get_rng_state(), numpy_rng=keys.astype(np.int64),
+                numpy_position=int(position), python_rng=torch.tensor(random.getstate()[1]))
 
 
 def verify(root, strict, free):
@@ -41,7 +43,8 @@ def verify(root, strict, free):
 
 
 def strict_problems(folder, facts, free):
-    """A sidecar against the run's config.json: every part is there, and config, data and tokenizer are the same."""
+    """A sidecar against the run's config.json: every part is there, and config, data and
+    tokenizer are the same."""
     try:
         side = dict(json.loads((folder / "side.json").read_text())["dict"])
     except (OSError, ValueError, KeyError) as error:

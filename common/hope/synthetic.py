@@ -8,7 +8,8 @@ from common.hope.text import rng
 class Task:
     """Synthetic rows (input, target; -1: not scored), endless and seeded by (key, row) like text.
 
-    parity  bits; target: parity of the bits so far           aa  the letter a; target: is the length even, (aa)*
+    parity  bits; target: parity of the bits so far           aa  the letter a; target: is the length even,
+            (aa)*
     recall  8 key-value pairs, noise, then keys: the value follows; the distance is most of the row
     """
 

@@ -1,11 +1,12 @@
-"""Text to tokens to batches: byte-level BPE, uint16 shards with a manifest, loaders whose order is a function of the step.
+"""Text to tokens to batches: byte-level BPE, uint16 shards with a manifest, loaders whose order
+is a function of the step.
 
     BPE.train(texts, 4096).save("bpe.json")        merges learned on any text; lossless on all text
     shard(sources, bpe, "shards", length=512)      rows of length + 1 tokens, hashes, licences, weights
     Text(documents, bpe) / Mixture("shards")       .batch(key, n, T) -> int64 [n, T + 1];  .validation(T)
 
-Nothing holds a cursor: row r of step s comes from the generator (seed, s, r), so a resumed run reads on where it
-stopped, and the rows of a step are the same for every number of ranks.
+Nothing holds a cursor: row r of step s comes from the generator (seed, s, r), so a resumed run reads on where
+it stopped, and the rows of a step are the same for every number of ranks.
 """
 
 import functools
@@ -23,7 +24,7 @@ from common.ckpt import sha256_file, write_atomic
 from common.files import read_json
 from common.flags import UserError
 
-# --- byte-level BPE --------------------------------------------------------------------------------------------
+# --- byte-level BPE -----------------------------------------------------------------------------------------
 
 WORDS = re.compile(r" ?[^\W\d_]+| ?\d{1,3}| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+")
 
@@ -150,11 +151,12 @@ def guard(now, baseline):
     return [k for k, slack in GUARD.items() if (now[k] - baseline[k]) / slack > 1]
 
 
-# --- documents ---------------------------------------------------------------------------------------------------
+# --- documents ----------------------------------------------------------------------------------------------
 
 
 def documents(path):
-    """Texts under a path: a text file, .jsonl(.gz) with a "text" field, or a folder of those.  "": the standard library."""
+    """Texts under a path: a text file, .jsonl(.gz) with a "text" field, or a folder of those.  "":
+    the standard library."""
     if not path:
         yield from standard_library()
         return
@@ -188,7 +190,7 @@ def standard_library(limit=4_000_000):
         yield text
 
 
-# --- batches -----------------------------------------------------------------------------------------------------
+# --- batches ------------------------------------------------------------------------------------------------
 
 
 def rng(*key):
@@ -196,18 +198,21 @@ def rng(*key):
 
 
 class Text:
-    """One stream of documents in memory; the last tenth validates.  batch() draws windows with replacement."""
+    """One stream of documents in memory; the last tenth validates.  batch() draws
+    windows with replacement."""
 
     def __init__(self, texts, bpe, validation=0.1):
         parts, size = [], 0
         for text in texts:
-            parts += [np.array(bpe.encode(text) + [bpe.eos], np.uint16 if bpe.vocab_size <= 1 << 16 else np.uint32)]
+            parts += [np.array(bpe.encode(text) + [bpe.eos], np.uint16 if bpe.vocab_size <= 1 << 16
+                               else np.uint32)]
             size += len(text.encode("utf-8", "surrogatepass")) + 1
         tokens = np.concatenate(parts)[:-1]
         cut = int(len(tokens) * (1 - validation))
         self.train, self.held, self.vocab_size = tokens[:cut], tokens[cut:], bpe.vocab_size
         self.bytes_per_token = size / len(tokens)
-        self.facts = dict(tokens=len(tokens), sha256=hashlib.sha256(tokens.tobytes()).hexdigest(), tokenizer=bpe.sha256)
+        self.facts = dict(tokens=len(tokens), sha256=hashlib.sha256(tokens.tobytes()).hexdigest(),
+                          tokenizer=bpe.sha256)
 
     def batch(self, key, rows, T):
         """rows: which rows of this step, e.g. range(8) -> [n, T + 1] int64; key: (seed, step)."""
@@ -224,7 +229,8 @@ class Text:
 
 
 class Mixture:
-    """Shards of several sources: every row picks a source by weight, then one of its rows, with replacement."""
+    """Shards of several sources: every row picks a source by weight, then one of its
+    rows, with replacement."""
 
     def __init__(self, folder):
         self.root = pathlib.Path(folder)
@@ -233,11 +239,13 @@ class Mixture:
         self.names = [s["name"] for s in self.manifest["sources"]]
         weights = np.array([s["weight"] for s in self.manifest["sources"]], float)
         self.edges = np.cumsum(weights / weights.sum())
-        self.shards = {split: [[np.load(self.root / f["file"], mmap_mode="r") for f in s["shards"] if f["split"] == split]
+        self.shards = {split: [[np.load(self.root / f["file"], mmap_mode="r")
+                                for f in s["shards"] if f["split"] == split]
                                for s in self.manifest["sources"]] for split in ("train", "validation")}
         total = lambda key: sum(s[key] for s in self.manifest["sources"])   # noqa: E731
         self.bytes_per_token = total("bytes") / total("tokens")
-        self.facts = dict(manifest=sha256_file(self.root / "manifest.json"), tokenizer=self.manifest["tokenizer"])
+        self.facts = dict(manifest=sha256_file(self.root / "manifest.json"),
+                          tokenizer=self.manifest["tokenizer"])
 
     def batch(self, key, rows, T):
         if T > self.length:
@@ -273,15 +281,17 @@ def read_manifest(root):
 def shard(sources, bpe, folder, length, rows_per_shard=2048, validation=0.01):
     """Tokenise sources into rows and write manifest.json, last -> the manifest.
 
-    sources: dicts with name, documents (iterable of texts), weight, licence, url.  Documents end with end-of-text and
-    are concatenated; a row has length + 1 tokens and the next starts on its last, so every token is predicted once.
+    sources: dicts with name, documents (iterable of texts), weight, licence, url.  Documents end with
+    end-of-text and are concatenated; a row has length + 1 tokens and the next starts on its last, so every
+    token is predicted once.
     A document validates when its hash says so: the split does not depend on order.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype, entries = np.uint16 if bpe.vocab_size <= 1 << 16 else np.uint32, []
     for source in sources:
-        entry = {k: source[k] for k in ("name", "weight", "licence", "url")} | dict(documents=0, tokens=0, bytes=0, shards=[])
+        entry = {k: source[k] for k in ("name", "weight", "licence", "url")}
+        entry |= dict(documents=0, tokens=0, bytes=0, shards=[])
         streams = dict(train=[], validation=[])
         for text in source["documents"]:
             digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).digest()
@@ -295,10 +305,12 @@ def shard(sources, bpe, folder, length, rows_per_shard=2048, validation=0.01):
             n = max(0, (len(ids) - 1) // length)
             tokens = np.array(ids[:n * length + 1], dtype)
             for lo in range(0, n, rows_per_shard):
-                rows = np.stack([tokens[i * length:(i + 1) * length + 1] for i in range(lo, min(n, lo + rows_per_shard))])
+                some = range(lo, min(n, lo + rows_per_shard))
+                rows = np.stack([tokens[i * length:(i + 1) * length + 1] for i in some])
                 name = f"{source['name']}-{split}-{lo // rows_per_shard:04d}.npy"
                 np.save(folder / name, rows)
-                entry["shards"].append(dict(file=name, split=split, rows=len(rows), sha256=sha256_file(folder / name)))
+                entry["shards"].append(dict(file=name, split=split, rows=len(rows),
+                                            sha256=sha256_file(folder / name)))
         if not any(s["split"] == "train" for s in entry["shards"]):
             raise UserError(f"source {source['name']} has {entry['tokens']} tokens: not one row of {length}")
         entries.append(entry)

@@ -1,7 +1,7 @@
 """hope_lm against public code: DeltaNet layers of flash-linear-attention, scoring of lm-evaluation-harness.
 
-ONEFILE_FLA: a checkout of github.com/fla-org/flash-linear-attention (its naive references are plain torch + einops);
-without it, or without lm_eval and transformers, the tests skip.
+ONEFILE_FLA: a checkout of github.com/fla-org/flash-linear-attention (its naive references are plain torch +
+einops); without it, or without lm_eval and transformers, the tests skip.
 """
 
 import importlib.util
@@ -72,9 +72,10 @@ class Toy:
     def __init__(self):
         transformers = pytest.importorskip("transformers")
         torch.manual_seed(0)
-        config = transformers.GPT2Config(vocab_size=300, n_positions=256, n_embd=32, n_layer=2, n_head=2, bos_token_id=256, eos_token_id=256)
+        config = transformers.GPT2Config(vocab_size=300, n_positions=256, n_embd=32, n_layer=2, n_head=2,
+                                         bos_token_id=256, eos_token_id=256)
         self.hf = transformers.GPT2LMHeadModel(config).eval().double()
-        with torch.no_grad():                       # spread the logits: scores that differ in the first digits
+        with torch.no_grad():  # spread the logits: scores that differ in the first digits
             self.hf.transformer.wte.weight.mul_(20)
         self.cfg = h.Config(cms_levels=0, vocab=300)
 
@@ -93,18 +94,25 @@ class Toy:
 
 
 ITEMS = {
-    "piqa": dict(goal="To open a jar", sol1="twist the lid.", sol2="hit the table with a spoon until it rains.", label=0),
-    "arc_easy": dict(question="Which is hot?", choices=dict(text=["ice", "the sun", "snow at night"], label=["A", "B", "C"]), answerKey="B"),
+    "piqa": dict(goal="To open a jar", sol1="twist the lid.", sol2="hit the table with a spoon until it "
+                                                                   "rains.", label=0),
+    "arc_easy": dict(question="Which is hot?", choices=dict(text=["ice", "the sun", "snow at night"],
+                                                            label=["A", "B", "C"]), answerKey="B"),
     "boolq": dict(passage="Cats are mammals.", question="are cats mammals", label=1),
-    "siqa": dict(context="Ann fell.", question="What next?", answerA="stood up", answerB="flew", answerC="ate a very large house", label="1"),
+    "siqa": dict(context="Ann fell.", question="What next?", answerA="stood up", answerB="flew",
+                 answerC="ate a very large house", label="1"),
     "hellaswag": dict(activity_label="Cooking", ctx_a="[header] A man cooks.", ctx_b="he then", label="2",
-                      endings=["eats  it [step] slowly.", "sleeps.", "adds salt [title] and stirs.", "leaves."]),
-    "openbookqa": dict(question_stem="The sun is", choices=dict(text=["a star", "a cold lamp"], label=["A", "B"]), answerKey="A"),
-    "csqa": dict(question="Where is bread?", choices=dict(text=["oven", "sea", "moon", "shoe", "sky"], label=list("ABCDE")), answerKey="A"),
+                      endings=["eats  it [step] slowly.", "sleeps.", "adds salt [title] and stirs.",
+                               "leaves."]),
+    "openbookqa": dict(question_stem="The sun is", choices=dict(text=["a star", "a cold lamp"],
+                                                                label=["A", "B"]), answerKey="A"),
+    "csqa": dict(question="Where is bread?", choices=dict(text=["oven", "sea", "moon", "shoe", "sky"],
+                                                          label=list("ABCDE")), answerKey="A"),
 }
 
 
-@pytest.mark.parametrize("context,continuation", [("Question: a\nAnswer:", " the sun"), ("ends in a space ", "word"),
+@pytest.mark.parametrize("context,continuation",
+                         [("Question: a\nAnswer:", " the sun"), ("ends in a space ", "word"),
                                                   ("two  ", " more"), ("The lamp, a the lamp", " the lamp")])
 def test_context_and_continuation_split_like_the_harness(context, continuation):
     pytest.importorskip("lm_eval")
@@ -116,7 +124,8 @@ def test_context_and_continuation_split_like_the_harness(context, continuation):
         eot_token_id, prefix_token_id, backend = bpe.eos, bpe.eos, "causal"
         tok_encode = lambda self, text, *_, **__: bpe.encode(text)     # noqa: E731
         loglikelihood_rolling = generate_until = _loglikelihood_tokens = lambda self, *a, **k: None   # noqa: E731
-    assert Scorer(Toy(), bpe, 256).split(context, continuation) == tuple(Encoder()._encode_pair(context, continuation))
+    assert Scorer(Toy(), bpe, 256).split(context, continuation) == tuple(Encoder()._encode_pair(context,
+                                                                                                continuation))
 
 
 @pytest.mark.parametrize("task", ITEMS)
@@ -130,7 +139,8 @@ def test_scores_equal_the_harness_to_the_last_digit(task):
     context, choices, gold = CHOICE[task](ITEMS[task])
 
     class Harness(TemplateLM):
-        """TemplateLM's own loglikelihood and split; the token scores below are what HFLM computes for one row."""
+        """TemplateLM's own loglikelihood and split; the token scores below are what HFLM
+        computes for one row."""
         eot_token_id, prefix_token_id, backend = bpe.eos, bpe.eos, "causal"
         tok_encode = lambda self, text, *_, **__: bpe.encode(text)     # noqa: E731
         loglikelihood_rolling = generate_until = lambda self, *a, **k: None   # noqa: E731
@@ -143,7 +153,8 @@ def test_scores_equal_the_harness_to_the_last_digit(task):
                 ids = torch.tensor((ctx + cont)[-257:][:-1])[None]
                 logits = F.log_softmax(toy.hf(ids).logits, -1)
                 part = HFLM._select_cont_toks(self, logits[0], contlen=len(cont), inplen=ids.shape[1])
-                found.append((float(part.gather(1, torch.tensor(cont)[:, None]).sum()), bool((part.argmax(-1) == torch.tensor(cont)).all())))
+                found.append((float(part.gather(1, torch.tensor(cont)[:, None]).sum()),
+                              bool((part.argmax(-1) == torch.tensor(cont)).all())))
             return found
     requests = [Instance("loglikelihood", {}, (context, " " + c), i) for i, c in enumerate(choices)]
     want = Harness().loglikelihood(requests, disable_tqdm=True)
