@@ -162,7 +162,7 @@ PRESETS = {
         B2 | LONG | dict(width=1024, depth=24, heads=16, wd=0.01, alpha_power=3.0, alpha_one=0.5, push=64,
                          micro=1))),
     # 64 tokens of 4 x 4 pixels; r: the raw latent pulls while the encoder still sees nothing but grey
-    "fashion": dict(paper="-", expect={}, set=dict(
+    "fashion": dict(paper="-", expect={}, goal=dict(accuracy=0.80), set=dict(
         TINY, colors=1, flip=False, size=8, channels=8, patch=1, width=128, depth=3, heads=4, mae_fold=1,
         mae_width=32, mae_blocks=(1, 1, 1, 1), mae_steps=400, mae_batch=128, mae_lr=2e-3, mae_warmup=50,
         mae_ema=0.99, cls_steps=200, cls_warmup=100, gen=12, pos=24, unc=4, push=64, fill=4000,

@@ -161,7 +161,7 @@ PRESETS = {
     "table8_l16": dict(paper="table 8, column L/16", expect=dict(fid=1.61, isc=307.5), set=dict(
         B16 | LONG | dict(width=1024, depth=24, heads=16, lr=4e-4, wd=0.01))),
     # 64 tokens of 4 x 4 pixels; r: the pixels pull while the encoder still sees nothing but grey
-    "fashion": dict(paper="-", expect={}, set=dict(
+    "fashion": dict(paper="-", expect={}, goal=dict(accuracy=0.80), set=dict(
         TINY, channels=1, augment="none", width=128, depth=3, heads=4, mae_width=32, mae_blocks=(1, 1, 1, 1),
         mae_steps=1000, mae_batch=128, mae_lr=2e-3, mae_warmup=50, mae_ema=0.99, cls_steps=600,
         cls_warmup=100, gen=12, pos=24, unc=4, push=64, fill=4000, features="abcdr", lr=1.5e-3, warmup=50,

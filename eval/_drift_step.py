@@ -22,6 +22,15 @@ STUBS = ("dataset.dataset", "utils.ckpt_util", "utils.env", "utils.fid_util", "u
          "utils.logging", "utils.model_builder", "models.hf")
 
 
+class Stub(types.ModuleType):
+    """A module in which every public name is a function that does nothing."""
+
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return lambda *args, **kw: None
+
+
 def real_images():
     s, rng = SIZE, np.random.RandomState(5)
     shape = (s["size"], s["size"], 3)
@@ -68,8 +77,7 @@ def official(folder):
     from flax import serialization, traverse_util
     sys.path.insert(0, os.environ["ONEFILE_OFFICIAL_DRIFTING"])
     for name in STUBS:          # parts of the release that a step does not touch, and their dependencies
-        sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].__getattr__ = lambda attribute: lambda *a, **k: None
+        sys.modules[name] = Stub(name)
     jax.distributed.initialize = lambda: None
     clip = jnp.clip             # JAX renamed the keyword a_min after the release was written
     jnp.clip = lambda x, a_min=None, a_max=None, min=None, max=None: clip(  # noqa: A002

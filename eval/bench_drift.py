@@ -253,7 +253,7 @@ def main():
     parser.add_argument("--clock", choices=CLOCKS, default="wall",
                         help="wall, or cpu: processor time of the process, for a machine that others use too")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", choices=("loss", "step"), help="one of the two (default both, step on CPUs)")
+    parser.add_argument("--only", choices=("loss", "step"), help="one of the two; step on CPUs [both]")
     parser.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
