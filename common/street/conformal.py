@@ -8,7 +8,6 @@ import hashlib
 import math
 
 import numpy as np
-from scipy.stats import binom
 
 
 def tie_key(ids):
@@ -56,6 +55,7 @@ def pac_threshold(grid, g_N, wrong_N, alpha=0.05, delta=0.1):
     best, pvalues = None, []
     for t in sorted(grid, reverse=True):
         keep = np.asarray(g_N) >= t
+        from scipy.stats import binom           # takes half as long to import as torch
         pvalues.append(float(binom.cdf(np.sum(np.asarray(wrong_N)[keep]), keep.sum(), alpha)) if keep.any() else 1.0)
         if pvalues[-1] > delta:
             break
