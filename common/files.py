@@ -84,7 +84,8 @@ def read_npz(path, keys=None):
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in file.files if keys is None or key in keys}
     except NPZ_DAMAGE as error:
-        raise UserError(f"cannot read {path}: not a plain .npz of arrays ({error or type(error).__name__})") from None
+        why = error or type(error).__name__
+        raise UserError(f"cannot read {path}: not a plain .npz of arrays ({why})") from None
 
 
 def _check_header(member, size):
