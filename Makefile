@@ -5,7 +5,7 @@ SCRIPT ?= drift_toy
 VENV   := .venv/bin/python
 ALL    := $(basename $(wildcard drift_*.py dit_t2i.py hope_lm.py beta_vae_arc.py streetvision.py))
 
-.PHONY: help demo test test-gpu parity smoke repro bench table report pack clean
+.PHONY: help demo test test-gpu parity smoke drill repro bench table report pack clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ parity: .venv-parity/ready    ## against the public implementations, in an envir
 
 smoke: .venv/ready    ## every script end to end on the data it makes itself
 	@for s in $(ALL); do echo "== $$s"; $(VENV) $$s.py --preset smoke --out runs/$$s/smoke || exit 1; done
+
+drill: .venv/ready    ## kills, damage, hostile files, a full disk, two at once; JSON into docs/drills
+	OMP_NUM_THREADS=1 $(VENV) -m eval.drills
 
 repro: .venv/ready    ## make repro SCRIPT=drift_latent PRESET=table8_l2
 	$(VENV) $(SCRIPT).py --preset $(PRESET)

@@ -84,7 +84,8 @@ def read_npz(path, keys=None):
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in file.files if keys is None or key in keys}
     except NPZ_DAMAGE as error:
-        raise UserError(f"{path} is not a plain .npz of arrays ({error or type(error).__name__})") from None
+        why = error or type(error).__name__
+        raise UserError(f"cannot read {path}: not a plain .npz of arrays ({why})") from None
 
 
 def _check_header(member, size):
@@ -92,7 +93,7 @@ def _check_header(member, size):
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(member)
     if dtype.hasobject:
-        raise ValueError("it holds pickled objects (allow_pickle is off)")
+        raise ValueError("Object arrays are pickles, and never loaded")
     count = 1
     for n in shape:
         if not 0 <= n < 1 << 48:

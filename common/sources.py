@@ -127,7 +127,7 @@ def open_npz(path, names):
     arrays = read_npz(path, {*wanted, *labels, "arr_1"})
     key = next((k for k in wanted if k in arrays), None)
     if key is None:
-        raise UserError(f"{path} holds no images; expected one of {', '.join(wanted)}")
+        raise UserError(f"{path}: expected images and labels, none of {', '.join(wanted)} is there")
     x = arrays[key]
     label_key = next((k for k in (labels[wanted.index(key)], "arr_1") if k in arrays), None)
     y = arrays[label_key].reshape(-1) if label_key else np.zeros(len(x) if x.ndim else 0, np.int64)

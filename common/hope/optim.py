@@ -10,20 +10,23 @@ all ranks (ZeRO-1, FSDP2).
 import torch
 import torch.distributed as dist
 
-try:  # torch without distributed support still trains on one device
-    from torch.distributed.tensor import DTensor, distribute_tensor
-except ImportError:
-    DTensor = ()
+
+def sharded(x):
+    """A DTensor?  Asked without importing its module, which takes as long as torch and serves FSDP2 alone."""
+    return hasattr(x, "full_tensor")
 
 
 def whole(x):
     """The full tensor behind a shard; everything else as it is."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if sharded(x) else x
 
 
 def like(x, ref):
     """x laid out over ranks like ref."""
-    return distribute_tensor(x, ref.device_mesh, ref.placements) if isinstance(ref, DTensor) else x
+    if not sharded(ref):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(x, ref.device_mesh, ref.placements)
 
 
 def newton_schulz(G, steps=5):
@@ -197,14 +200,14 @@ def local(tree):
         return {k: local(v) for k, v in tree.items()}
     if isinstance(tree, (list, tuple)):
         return type(tree)(local(v) for v in tree)
-    return tree.to_local() if isinstance(tree, DTensor) else tree
+    return tree.to_local() if sharded(tree) else tree
 
 
 def spread(x, ref):
     """This rank's part back into a tensor laid out like ref."""
-    return DTensor.from_local(x.to(ref.device), ref.device_mesh, ref.placements, shape=ref.shape,
-                              stride=ref.stride()) \
-        if isinstance(ref, DTensor) else x.to(ref.device)
+    x = x.to(ref.device)
+    return type(ref).from_local(x, ref.device_mesh, ref.placements, shape=ref.shape, stride=ref.stride()) \
+        if sharded(ref) else x
 
 
 def distribute(objective, blocks, shard, bf16, ddp):

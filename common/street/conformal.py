@@ -10,7 +10,6 @@ import hashlib
 import math
 
 import numpy as np
-from scipy.stats import binom
 
 
 def tie_key(ids):
@@ -60,6 +59,8 @@ def pac_threshold(grid, g_N, wrong_N, alpha=0.05, delta=0.1):
     grid: thresholds fixed beforehand, tried from the strictest; p-value BinomCDF(errors; accepted, alpha);
     stop at the first above delta (learn-then-test, fixed sequence) -> dict(threshold or None, pvalues).
     """
+    from scipy.stats import binom               # takes half as long to import as torch
+
     best, pvalues = None, []
     for t in sorted(grid, reverse=True):
         keep = np.asarray(g_N) >= t

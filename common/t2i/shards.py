@@ -1,23 +1,22 @@
 """FSDP2 state as plain tensors: what this rank holds of a sharded module, to average, to save and to load."""
 import torch
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 
 def shard(module, blocks):
     """Split every block's parameters over the ranks, then what is left of the module; in place."""
+    from torch.distributed.fsdp import fully_shard              # takes as long to import as torch itself
     for block in (*blocks, module):
         fully_shard(block)
 
 
 def local(tensor):
-    """This rank's part of a sharded tensor; a plain tensor is itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """This rank's part of a sharded tensor (a DTensor); a plain tensor is itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def whole(tensor):
     """The full tensor, gathered: every rank must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def full_state(module):
@@ -49,7 +48,8 @@ class Sharded:
 
 def _like(value, param):
     """A saved local tensor as a shard of param; scalars such as the step stay as they are."""
-    if not isinstance(param, DTensor) or not torch.is_tensor(value) or value.shape != param.to_local().shape:
+    sharded = hasattr(param, "to_local") and torch.is_tensor(value)
+    if not sharded or value.shape != param.to_local().shape:
         return value
-    return DTensor.from_local(value, param.device_mesh, param.placements, run_check=False, shape=param.shape,
+    return type(param).from_local(value, param.device_mesh, param.placements, run_check=False, shape=param.shape,
                               stride=param.stride())
