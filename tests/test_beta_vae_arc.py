@@ -551,6 +551,7 @@ def test_collapse_flags():
     black = dict(kl_nats=dict(mean=1e-5), active_var=0, active_kl=0, nonbg_acc=0.0)
     assert flags(**black) == {"collapsed", "partial", "background_only"}
     assert flags(cell_acc=0.0) == {"pad_only"} and flags(active_kl=3) == {"partial"}
+    assert not arc.collapse({**good, "active_kl": 3}, 0.6, vector=False)["partial"]     # most patches are rare
 
 
 def test_black_ink_scores_well_and_is_caught():

@@ -29,7 +29,7 @@ def table(rows, heads=(), names=(), title="", pad=6):
     pen = ImageDraw.Draw(page)
     pen.text((pad, pad), plain(title), INK, font(16))
     for j, head in enumerate(heads):
-        pen.text((left + j * (tile + pad) + tile / 2, top - 4), plain(head), INK, font(13), "mb")
+        pen.text((left + j * (tile + pad) + tile / 2, top - 6), plain(head), INK, font(13), "ms")
     for i, row in enumerate(rows):
         y = top + i * (tile + pad)
         if names:
