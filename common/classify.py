@@ -211,6 +211,15 @@ def _chunks(rows, width, cells=1 << 18):
 
 # --- bootstrap -----------------------------------------------------------
 
+def count_metrics(tp, tn, fp, fn):
+    """Every metric that needs only the four counts, arrays of any shape; ratios without denominator are 0."""
+    tpr, tnr, total = _ratio(tp, tp + fn), _ratio(tn, tn + fp), tp + tn + fp + fn
+    return dict(accuracy=_ratio(tp + tn, total), balanced_accuracy=(tpr + tnr) / 2,
+                precision=_ratio(tp, tp + fp), recall=tpr, specificity=tnr, fnr=_ratio(fn, tp + fn),
+                fpr=_ratio(fp, tn + fp), f1=_ratio(2 * tp, 2 * tp + fp + fn), mcc=mcc(tp, tn, fp, fn),
+                mcc_prior50=mcc_at_prior(tpr, tnr))
+
+
 def binary_metrics(prob_N, label_N, threshold=0.5, bins=15):
     """Function weights [B, N] -> dict of arrays [B], every metric of a binary classifier under item weights.
 
@@ -242,7 +251,6 @@ def binary_metrics(prob_N, label_N, threshold=0.5, bins=15):
         total = w.sum(1)
         count, loss, wide, in_wide, mass, top = np.split(w @ matrix_NC, cuts, 1)
         tp, tn, fp, fn = count.T
-        tpr, tnr, precision = _ratio(tp, tp + fn), _ratio(tn, tn + fp), _ratio(tp, tp + fp)
         tps, all_ = np.empty((2, len(w), len(p) + 1))  # prefix sums from the highest score down
         tps[:, 0] = all_[:, 0] = 0
         np.cumsum(w * y, 1, out=tps[:, 1:])
@@ -254,10 +262,7 @@ def binary_metrics(prob_N, label_N, threshold=0.5, bins=15):
             auc = np.einsum("bn,bn->b", w[:, negative], above) / ((tp + fn) * (tn + fp))
             at = np.maximum(all_[:, stop[positive]], 1e-300)  # 0 only where the item's own weight is 0
             ap = np.einsum("bn,bn->b", w[:, positive], tps[:, stop[positive]] / at) / (tp + fn)
-        return dict(accuracy=(tp + tn) / total, balanced_accuracy=(tpr + tnr) / 2, precision=precision,
-                    recall=tpr, specificity=tnr, fnr=_ratio(fn, tp + fn), fpr=_ratio(fp, tn + fp),
-                    f1=_ratio(2 * tp, 2 * tp + fp + fn), mcc=mcc(tp, tn, fp, fn),
-                    mcc_prior50=mcc_at_prior(tpr, tnr), roc_auc=auc, average_precision=ap,
+        return dict(count_metrics(tp, tn, fp, fn), roc_auc=auc, average_precision=ap,
                     brier=loss[:, 0] / total, nll=loss[:, 1] / total,
                     ece=np.abs(wide).sum(1) / total, ece_mass=np.abs(mass).sum(1) / total,
                     ece_top=np.abs(top).sum(1) / total, mce=np.abs(_ratio(wide, in_wide)).max(1))
