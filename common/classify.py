@@ -219,6 +219,15 @@ def _chunks(rows, width, cells=1 << 18):
 
 # --- bootstrap -----------------------------------------------------------
 
+def count_metrics(tp, tn, fp, fn):
+    """Every metric that needs only the four counts, arrays of any shape; ratios without denominator are 0."""
+    tpr, tnr, total = _ratio(tp, tp + fn), _ratio(tn, tn + fp), tp + tn + fp + fn
+    return dict(accuracy=_ratio(tp + tn, total), balanced_accuracy=(tpr + tnr) / 2,
+                precision=_ratio(tp, tp + fp), recall=tpr, specificity=tnr, fnr=_ratio(fn, tp + fn),
+                fpr=_ratio(fp, tn + fp), f1=_ratio(2 * tp, 2 * tp + fp + fn), mcc=mcc(tp, tn, fp, fn),
+                mcc_prior50=mcc_at_prior(tpr, tnr))
+
+
 def binary_metrics(prob_N, label_N, threshold=0.5, bins=15):
     """Function weights [B, N] -> dict of arrays [B], every metric of a binary classifier under item weights.
 
@@ -252,7 +261,6 @@ def binary_metrics(prob_N, label_N, threshold=0.5, bins=15):
         total = w_NB.sum(0)
         count, loss, wide, in_wide, mass, top = np.split((matrix_CN @ w_NB).T, cuts, 1)
         tp, tn, fp, fn = count.T
-        tpr, tnr, precision = _ratio(tp, tp + fn), _ratio(tn, tn + fp), _ratio(tp, tp + fp)
         w_PB = w_NB[positive]                                   # prefix sums from the highest score down
         true_PB, all_NB = _prefix(w_PB)[below], _prefix(w_NB)
         all_PB = all_NB[stop]
@@ -263,10 +271,7 @@ def binary_metrics(prob_N, label_N, threshold=0.5, bins=15):
             auc = 1 - np.einsum("pb,pb->b", w_PB, false_PB) / ((tp + fn) * (tn + fp))
             np.maximum(all_PB, 1e-300, out=all_PB)              # 0 only where the item's own weight is 0
             ap = np.einsum("pb,pb->b", w_PB, np.divide(true_PB, all_PB, out=all_PB)) / (tp + fn)
-        return dict(accuracy=(tp + tn) / total, balanced_accuracy=(tpr + tnr) / 2, precision=precision,
-                    recall=tpr, specificity=tnr, fnr=_ratio(fn, tp + fn), fpr=_ratio(fp, tn + fp),
-                    f1=_ratio(2 * tp, 2 * tp + fp + fn), mcc=mcc(tp, tn, fp, fn),
-                    mcc_prior50=mcc_at_prior(tpr, tnr), roc_auc=auc, average_precision=ap,
+        return dict(count_metrics(tp, tn, fp, fn), roc_auc=auc, average_precision=ap,
                     brier=loss[:, 0] / total, nll=loss[:, 1] / total,
                     ece=np.abs(wide).sum(1) / total, ece_mass=np.abs(mass).sum(1) / total,
                     ece_top=np.abs(top).sum(1) / total, mce=np.abs(_ratio(wide, in_wide)).max(1))

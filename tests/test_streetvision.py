@@ -1393,6 +1393,8 @@ def test_scores_on_shared_resamples_equal_those_one_at_a_time():
                                {"d": [("p", "q")]})
     assert both.score("p") == scorecard.score(p, y, 0.5, g, 100, 1) == both.score("again")
     assert both.pair("d") == scorecard.paired((p, 0.5), (q, 0.4), y, g, 100, 1)
+    low = scorecard.Resampled({"p": (p, 0.5), "low": (p, 0.2)}, y, g, 100, 1)
+    assert low.score("low") == scorecard.score(p, y, 0.2, g, 100, 1)        # counts alone are computed anew
     assert both.pair("d")["mcc"]["diff"] == pytest.approx(both.score("p")["metrics"]["mcc"]
                                                           - both.score("q")["metrics"]["mcc"], abs=1e-9)
 

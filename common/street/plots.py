@@ -18,7 +18,8 @@ def roc_curve(prob, label, points=None):
     """points: {name: (fpr, tpr)} operating points."""
     tp, fp = _sorted_counts(prob, label)
     rates = fp / max(fp[-1], 1), tp / max(tp[-1], 1)
-    series = {f"AUC {roc_auc(prob, label):.3f}": tuple(np.r_[0, r] for r in rates), "chance": ([0, 1], [0, 1])}
+    series = {f"AUC {roc_auc(prob, label):.3f}": tuple(np.r_[0, r] for r in rates),
+              "chance": ([0, 1], [0, 1])}
     series |= {name: ([x], [y]) for name, (x, y) in (points or {}).items()}
     return draw.lines(series, title="ROC", xlabel="false positive rate", ylabel="true positive rate",
                       size=(560, 520))

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from common.classify import binary_metrics, bootstrap, calibration_noise_floor, mcc_sweep
+from common.classify import binary_metrics, bootstrap, calibration_noise_floor, count_metrics, mcc_sweep
 
 
 def rounded(value):
@@ -28,18 +28,31 @@ class Resampled:
 
     def __init__(self, cells, label, group, resamples, seed, pairs=None, level=0.95):
         self.cells, self.label, self.resamples = cells, np.asarray(label, bool), resamples
+        measures, whole = [], {}
         key = {name: (np.asarray(p).tobytes(), float(t)) for name, (p, t) in cells.items()}
-        once = {key[name]: binary_metrics(p, label, t) for name, (p, t) in cells.items()}
-        self.place = {name: list(once).index(k) for name, k in key.items()}
+        for k in dict.fromkeys(key.values()):
+            p, t = next(cells[name] for name in cells if key[name] == k)
+            # another threshold of the same probabilities moves the counts alone: areas and calibration stay
+            measures.append((whole[k[0]], self._counts(p, t)) if k[0] in whole else
+                            (None, binary_metrics(p, label, t)))
+            whole.setdefault(k[0], len(measures) - 1)
+        self.place = {name: list(dict.fromkeys(key.values())).index(k) for name, k in key.items()}
 
         def statistic(w):
-            rows = [measure(w) for measure in once.values()]
+            rows = []
+            for base, measure in measures:
+                rows.append(dict({} if base is None else rows[base], **measure(w)))
             out = {(i, m): v for i, row in enumerate(rows) for m, v in row.items()}
             for name, list_ in (pairs or {}).items():
                 ends = [(rows[self.place[a]], rows[self.place[b]]) for a, b in list_]
                 out |= {("pair", name, m): sum(x[m] - y[m] for x, y in ends) / len(ends) for m in rows[0]}
             return out
         self.full = bootstrap(statistic, len(self.label), group, max(resamples, 1), level, seed=seed)
+
+    def _counts(self, prob, threshold):
+        hit, y = np.asarray(prob) >= threshold, self.label
+        columns = np.stack([hit & y, ~hit & ~y, hit & ~y, ~hit & y], 1).astype(np.float64)
+        return lambda w: count_metrics(*(np.asarray(w, np.float64) @ columns).T)
 
     def score(self, name):
         """dict(metrics, counts, ci, threshold) of one cell: all of binary_metrics at its threshold."""
