@@ -1,4 +1,4 @@
-"""SD3 pipelines, two programs: wall time and peak memory of dit_t2i.py against diffusers, same weights and noise.
+"""SD3 pipelines, two programs: time and peak memory of dit_t2i.py against diffusers, same weights and noise.
 
     python -m eval.bench_t2i --json out.json [--rounds 3] [--small]
 
@@ -38,11 +38,12 @@ def small_t5(folder):
 
     Path(folder).mkdir(parents=True)
     sentencepiece.SentencePieceTrainer.train(
-        input=str(Path(__file__).parents[1] / "dit_t2i.py"), model_prefix=str(Path(folder, "spiece")), vocab_size=900,
-        model_type="unigram", normalization_rule_name="nmt_nfkc", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+        input=str(Path(__file__).parents[1] / "dit_t2i.py"), model_prefix=str(Path(folder, "spiece")),
+        vocab_size=900, model_type="unigram", normalization_rule_name="nmt_nfkc", pad_id=0, eos_id=1, unk_id=2,
+        bos_id=-1, minloglevel=2)
     return transformers.T5EncoderModel(transformers.T5Config(
-        vocab_size=1200, d_model=256, d_kv=32, d_ff=512, num_layers=4, num_heads=8, feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False)), transformers.T5Tokenizer.from_pretrained(folder)
+        vocab_size=1200, d_model=256, d_kv=32, d_ff=512, num_layers=4, num_heads=8,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False)), transformers.T5Tokenizer.from_pretrained(folder)
 
 
 def write_pipeline(folder, small, with_t5=False):
@@ -153,7 +154,8 @@ def measure(rounds, small, with_t5):
         a, b = ([r[key] for r in runs[side]] for side in ("ours", "theirs"))
         ratio = statistics.median(y / x for x, y in zip(a, b))
         name = f"{key}_t5" if with_t5 else key
-        cases[name] = dict(what=f"SD3 pipeline with{'' if with_t5 else 'out'} T5, {size} px, {STEPS} steps: {what}", ratio=ratio, goal=1.0,
+        setting = f"SD3 pipeline {'with' if with_t5 else 'without'} T5, {size} px, {STEPS} steps"
+        cases[name] = dict(what=f"{setting}: {what}", ratio=ratio, goal=1.0,
                           met=ratio >= 1.0, agree=psnr > 50, psnr_db=psnr, ours=statistics.median(a),
                           theirs=statistics.median(b), rounds=rounds)
     return cases

@@ -158,6 +158,13 @@ def canvas(cfg, model):
             lambda p: pictures.paste(p, whole, mask, box, cfg.feather))
 
 
+def labelled(made, texts, count=20):
+    """The first pictures of a score with their captions in short; an x before what the judge finds wrong."""
+    wrong = [scenes.judge(p, t)["exact"] < 1 for p, t in zip(made[:count], texts)]
+    labels = [("x  " if bad else "") + scenes.short(t) for bad, t in zip(wrong, texts)]
+    return draw.grid(made[:count], columns=5, labels=labels, scale=6, pad=4)
+
+
 def weights_hash(cfg):
     path = Path(cfg.model or cfg.out)
     inside = (path / "ema.safetensors", path / "transformer", path)
@@ -252,10 +259,11 @@ def noise_strip(cfg, alpha_bar, shift, times=8):
         curves[name] = fine, 0.5 * np.log(abar / (1 - abar))[(fine * 999).round().astype(int)]
     for k in (1.0, 3.0):
         rows += [(1 - s) * x0 + s * noise for s in shift(u, k)]
-        curves[f"flow, shift {k:g}"] = fine, np.log(1 / shift(fine, k) - 1)
-    strip = draw.grid([((r.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8) for r in rows], columns=times)
+        curves[f"flow with shift {k:g}"] = fine, np.log(1 / shift(fine, k) - 1)
+    cells = [((r.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8) for r in rows]
+    strips = {name: draw.grid(cells[k * times:(k + 1) * times], columns=times) for k, name in enumerate(curves)}
     plot = draw.lines(curves, title="half log-SNR", xlabel="time", ylabel="ln(alpha / sigma)")
     path = Path(cfg.out, "noise.png")
-    draw.save(draw.sheet({"rows: " + ", ".join(curves): strip, "": plot}, columns=1), path)
+    draw.save(draw.sheet({**strips, "": plot}, columns=1, title="noise from time 0 (left) to 1 (right)"), path)
     print(path)
     return rows
