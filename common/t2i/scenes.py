@@ -110,7 +110,7 @@ SHORT = {"a ": "", "large": "L", "small": "s", "circle": "circ", "square": "sq",
 
 
 def short(caption):
-    """'a large red circle left of a small blue square' -> 'L red circ < s blue sq', to fit below a picture."""
+    """'a large red circle left of a small blue square' -> 'L red circ < s blue sq', to fit a picture."""
     for long, brief in SHORT.items():
         caption = caption.replace(long, brief)
     return caption
@@ -174,7 +174,8 @@ def _parse_object(text):
     words = text.split()
     known = ("a",), SIZES, COLOURS, SHAPES
     if len(words) != 4 or any(w not in some for w, some in zip(words, known)):
-        raise ValueError(f"not a scene caption: {text!r}; e.g. 'a large red circle above a small blue square'")
+        raise ValueError(f"not a scene caption: {text!r}; "
+                         "e.g. 'a large red circle above a small blue square'")
     return tuple(words[1:])
 
 

@@ -125,7 +125,7 @@ def demo(cfg, sample):
     if not np.array_equal(half[mask == 0], grid[0][mask == 0]):
         raise UserError("inpainting changed pixels outside the mask")
     again, = run("again", recipe=str(first))
-    if np.abs(again.astype(int) - grid[0]).max() > 1:        # one grey level: another batch size rounds differently
+    if np.abs(again.astype(int) - grid[0]).max() > 1:        # one grey level: another batch size
         raise UserError("a recipe did not repeat its picture")
     print(f"demo: inpainting kept every byte outside its mask, the recipe repeated its picture; see {out}")
 
@@ -206,7 +206,8 @@ def kernels(device):
     cuda = torch.backends.cuda
     names = dict(flash=cuda.flash_sdp_enabled(), memory_efficient=cuda.mem_efficient_sdp_enabled(),
                  math=cuda.math_sdp_enabled())
-    return "attention on CUDA: " + ", ".join(n for n, on in names.items() if on) + "; flash wants bf16 or fp16, no mask"
+    found = ", ".join(n for n, on in names.items() if on)
+    return f"attention on CUDA: {found}; flash wants bf16 or fp16 and no mask"
 
 
 def trace(modules, forward):
@@ -261,9 +262,11 @@ def noise_strip(cfg, alpha_bar, shift, times=8):
         rows += [(1 - s) * x0 + s * noise for s in shift(u, k)]
         curves[f"flow with shift {k:g}"] = fine, np.log(1 / shift(fine, k) - 1)
     cells = [((r.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8) for r in rows]
-    strips = {name: draw.grid(cells[k * times:(k + 1) * times], columns=times) for k, name in enumerate(curves)}
+    strips = {name: draw.grid(cells[k * times:(k + 1) * times], columns=times)
+              for k, name in enumerate(curves)}
     plot = draw.lines(curves, title="half log-SNR", xlabel="time", ylabel="ln(alpha / sigma)")
     path = Path(cfg.out, "noise.png")
-    draw.save(draw.sheet({**strips, "": plot}, columns=1, title="noise from time 0 (left) to 1 (right)"), path)
+    page = draw.sheet({**strips, "": plot}, columns=1, title="noise from time 0 (left) to 1 (right)")
+    draw.save(page, path)
     print(path)
     return rows
