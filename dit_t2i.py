@@ -139,7 +139,8 @@ class Config:
     cache: str = opt("", "folder that keeps text embeddings of public models between calls", free=True)
 
 PRESETS = {
-    "scenes": dict(paper="-", expect={}, set={}),            # 45 minutes on two cores
+    "scenes": dict(paper="-", expect={}, set={}, goal=dict(colour=0.99, shape=0.98, relation=0.99,
+                                                           exact=0.97)),
     "smoke": dict(paper="-", expect={}, set=dict(
         train_steps=20, vae_steps=20, pool=256, width=32, depth=2, text_depth=1, vae_width=8, warmup=5,
         batch=16, eval_every=20, sample_steps=4, validate=8)),
@@ -999,6 +1000,8 @@ def evaluate(cfg, count=1000):
         panels[title] = studio.labelled(*seen)
     for name, row in rows.items():
         print(f"{name:<14}" + "  ".join(f"{k} {v:.3f}" for k, v in row.items()))
+    for field, least in PRESETS["scenes"]["goal"].items():
+        print(f"goal {field} {least:.2f}  {rows['guidance_on'][field] - least:+.3f}")
     draw.save(draw.sheet(panels, title="L large, s small; < left of, > right of, ^ above, v below"),
               Path(cfg.out, "samples", "evaluate.png"))
     facts = json.dumps(dict(count=count, scale=chosen, **rows), indent=1)
