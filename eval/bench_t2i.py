@@ -1,12 +1,12 @@
-"""SD3 pipelines, two programs: wall time and peak memory of dit_t2i.py against diffusers, same weights and noise.
+"""SD3 pipelines, two programs: time and peak memory of dit_t2i.py against diffusers, same weights and noise.
 
     python -m eval.bench_t2i --json out.json [--rounds 3] [--small]
 
-Two cases: without T5 (its tokens are zeros; ours attends to one of them, weighted) and with a small T5. Random
-weights in the public folder layout, written once. Each round runs either side in a process of its own, in
-alternating order: load, make one picture to warm up, then time one. Ratios are medians over rounds of
-(theirs / ours); memory is the peak resident set of the process, imports and all, and what lies above the imports.
-The pictures must agree (PSNR above 50 dB). Needs the parity environment.
+Two cases: without T5 (its tokens are zeros; ours attends to one of them, weighted) and with a small T5.
+Random weights in the public folder layout, written once. Each round runs either side in a process of its own,
+in alternating order: load, make one picture to warm up, then time one. Ratios are medians over rounds of
+(theirs / ours); memory is the peak resident set of the process, imports and all, and what lies above the
+imports. The pictures must agree (PSNR above 50 dB). Needs the parity environment.
 """
 import argparse
 import json
@@ -38,11 +38,13 @@ def small_t5(folder):
 
     Path(folder).mkdir(parents=True)
     sentencepiece.SentencePieceTrainer.train(
-        input=str(Path(__file__).parents[1] / "dit_t2i.py"), model_prefix=str(Path(folder, "spiece")), vocab_size=900,
-        model_type="unigram", normalization_rule_name="nmt_nfkc", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
-    return transformers.T5EncoderModel(transformers.T5Config(
-        vocab_size=1200, d_model=256, d_kv=32, d_ff=512, num_layers=4, num_heads=8, feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False)), transformers.T5Tokenizer.from_pretrained(folder)
+        input=str(Path(__file__).parents[1] / "dit_t2i.py"), model_prefix=str(Path(folder, "spiece")),
+        vocab_size=900, model_type="unigram", normalization_rule_name="nmt_nfkc", pad_id=0, eos_id=1,
+        unk_id=2, bos_id=-1, minloglevel=2)
+    encoder = transformers.T5EncoderModel(transformers.T5Config(
+        vocab_size=1200, d_model=256, d_kv=32, d_ff=512, num_layers=4, num_heads=8,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False))
+    return encoder, transformers.T5Tokenizer.from_pretrained(folder)
 
 
 def write_pipeline(folder, small, with_t5=False):
@@ -102,8 +104,8 @@ def theirs(folder, size):
     noise = t2i.start_noise(0, (1, 4, size // 8, size // 8))
 
     def make():
-        out = pipe(PROMPT, negative_prompt=NEGATIVE, num_inference_steps=STEPS, guidance_scale=SCALE, height=size,
-                   width=size, latents=noise, output_type="np").images[0]
+        out = pipe(PROMPT, negative_prompt=NEGATIVE, num_inference_steps=STEPS, guidance_scale=SCALE,
+                   height=size, width=size, latents=noise, output_type="np").images[0]
         return (out * 255).round().astype(np.uint8)
     return after_import, make
 
@@ -139,8 +141,8 @@ def measure(rounds, small, with_t5):
         for k in range(rounds):
             for side in ("ours", "theirs")[::1 if k % 2 else -1]:
                 out = Path(work, f"{side}.npz")
-                subprocess.run([sys.executable, "-m", "eval.bench_t2i", "--child", side, "--folder", str(folder),
-                                "--size", str(size), "--json", str(out)], check=True)
+                subprocess.run([sys.executable, "-m", "eval.bench_t2i", "--child", side, "--folder",
+                                str(folder), "--size", str(size), "--json", str(out)], check=True)
                 with np.load(out) as saved:
                     runs[side].append(json.loads(str(saved["facts"])))
                     pictures[side] = saved["picture"].astype(float)
@@ -153,14 +155,16 @@ def measure(rounds, small, with_t5):
         a, b = ([r[key] for r in runs[side]] for side in ("ours", "theirs"))
         ratio = statistics.median(y / x for x, y in zip(a, b))
         name = f"{key}_t5" if with_t5 else key
-        cases[name] = dict(what=f"SD3 pipeline with{'' if with_t5 else 'out'} T5, {size} px, {STEPS} steps: {what}", ratio=ratio, goal=1.0,
+        setting = f"SD3 pipeline {'with' if with_t5 else 'without'} T5, {size} px, {STEPS} steps"
+        cases[name] = dict(what=f"{setting}: {what}", ratio=ratio, goal=1.0,
                           met=ratio >= 1.0, agree=psnr > 50, psnr_db=psnr, ours=statistics.median(a),
                           theirs=statistics.median(b), rounds=rounds)
     return cases
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--json", required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--small", action="store_true", help="a tiny model, to try the bench itself")

@@ -81,7 +81,8 @@ def read_vocabulary(folder):
         base = list(byte_symbols().values())
         words = base + [c + "</w>" for c in base] + ["".join(m) for m in merges] + [START, END]
         return {w: i for i, w in enumerate(words)}, merges
-    raise UserError(f"{folder} holds no CLIP vocabulary: expected vocab.json and merges.txt or tokenizer.json")
+    raise UserError(f"{folder} holds no CLIP vocabulary: expected vocab.json and merges.txt, or "
+                    "tokenizer.json")
 
 
 def _sound(vocabulary, merges, path):

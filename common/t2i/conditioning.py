@@ -79,7 +79,8 @@ class Conditioning:
         if name not in self.tokenizers:
             folder = self.find(name)
             if folder is None:
-                raise UserError(f"no {name} in {', '.join(map(str, self.roots))}; give its folder with --text")
+                raise UserError(f"no {name} in {', '.join(map(str, self.roots))}; "
+                                "give its folder with --text")
             self.tokenizers[name] = kind(folder)
         return self.tokenizers[name]
 
@@ -102,7 +103,8 @@ class Conditioning:
         states = out["penultimate"][:len(rows)]
         if plain:
             states = weighted.weigh(states, weights[:len(rows)].to(states.device), out["penultimate"][-1])
-        return states.unflatten(0, (-1, windows)).flatten(1, 2), {k: v[:len(rows):windows] for k, v in out.items()}
+        first = {k: v[:len(rows):windows] for k, v in out.items()}
+        return states.unflatten(0, (-1, windows)).flatten(1, 2), first
 
     def t5_states(self, prompts, tail, length, masked=False):
         """-> (states [B, length, D], mask); masked: padding is hidden from the encoder too."""
@@ -131,7 +133,7 @@ class Conditioning:
             t5, _ = self.t5_states(prompts, "_3", self.t5_length)
         elif text.device.type == "cpu":
             # Without T5 its tokens are zeros, all alike and without position, so they stay alike: one token
-            # that attention counts t5_length times gives the same output. (A mask costs CUDA its flash kernel.)
+            # that attention counts t5_length times gives the same output. (A mask costs CUDA its flash.)
             t5 = text.new_zeros(len(prompts), 1, width)
             found["last_counts"] = torch.full((len(prompts),), self.t5_length)
         else:                                                # trained with each encoder dropped at times

@@ -103,7 +103,7 @@ class Attention(nn.Module):
         return self.split(self.qkv(x_BND))
 
     def joined(self, other, theirs_BLE, ours_BNE):
-        """q, k, v of two attentions' fused projections, over the tokens of both. Without norms one copy does."""
+        """q, k, v of two attentions' fused projections over the tokens of both; one copy without norms."""
         if isinstance(self.ln_q, nn.Identity) and isinstance(other.ln_q, nn.Identity):
             return self.split(torch.cat([theirs_BLE, ours_BNE], 1))
         return (torch.cat(pair, 2) for pair in zip(other.split(theirs_BLE), self.split(ours_BNE)))
@@ -141,7 +141,7 @@ class MLP(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, out or width)
 
     def forward(self, x):
-        h = self.fc1(x)                                      # in place where no gradient needs it: 4 % of the MLP
+        h = self.fc1(x)                                      # in place saves 4 % of the MLP's time
         gelu = F.gelu if torch.is_grad_enabled() else torch.ops.aten.gelu_
         return self.fc2(gelu(h, approximate="tanh"))
 

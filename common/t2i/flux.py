@@ -25,8 +25,8 @@ def rope(axes, rows, cols, words):
     """cos, sin [words + rows * cols, head / 2]: text tokens stand at the origin."""
     row, col = torch.meshgrid(torch.arange(rows).double(), torch.arange(cols).double(), indexing="ij")
     places = torch.stack([torch.zeros_like(row), row, col]).flatten(1)
-    angle = torch.cat([p[:, None] * 10000 ** (-torch.arange(0, n, 2).double() / n) for p, n in zip(places, axes)], 1)
-    angle = F.pad(angle, (0, 0, words, 0))
+    angle = [p[:, None] * 10000 ** (-torch.arange(0, n, 2).double() / n) for p, n in zip(places, axes)]
+    angle = F.pad(torch.cat(angle, 1), (0, 0, words, 0))
     return angle.cos().float(), angle.sin().float()
 
 
@@ -83,8 +83,8 @@ class Flux(nn.Module):
     guidance: the scale that FLUX.1-dev was distilled at; schnell has no such input. skip: as in MMDiT."""
     patch, extra = 2, 0
 
-    def __init__(self, channels=16, width=3072, heads=24, double=19, single=38, text_width=4096, pooled_width=768,
-                 guidance=True, axes=()):
+    def __init__(self, channels=16, width=3072, heads=24, double=19, single=38, text_width=4096,
+                 pooled_width=768, guidance=True, axes=()):
         super().__init__()
         self.channels, self.axes = channels, tuple(axes) or axes_of(width // heads)
         self.img_in, self.txt_in = nn.Linear(4 * channels, width), nn.Linear(text_width, width)
@@ -119,7 +119,7 @@ class Flux(nn.Module):
 
     @classmethod
     def load(cls, files, dtype, config, **storage):
-        """From a Checkpoint in either spelling; without a config heads are 128 wide, as in every public file."""
+        """From a Checkpoint in either spelling; without a config heads are 128 wide, as in public files."""
         files = (from_diffusers if files.count("single_transformer_blocks.") else plain_names)(files)
         with torch.device("meta"):
             net = cls(**settings(files, config))
@@ -130,9 +130,10 @@ def settings(files, config):
     shapes = files.shapes
     width, inputs = shapes["img_in.weight"]
     if inputs != shapes["final_layer.linear.weight"][0]:
-        raise files.wrong_family(f"a FLUX.1 dev or schnell transformer (it reads {inputs} numbers a token: FLUX "
-                                 "fill and control are not supported)", "img_in.weight of [3072, 64]")
-    return dict(channels=inputs // 4, width=width, heads=config.get("num_attention_heads") or max(width // 128, 1),
+        raise files.wrong_family(f"a FLUX.1 dev or schnell transformer (it reads {inputs} numbers a token; "
+                                 "FLUX fill and control are not supported)", "img_in.weight of [3072, 64]")
+    heads = config.get("num_attention_heads") or max(width // 128, 1)
+    return dict(channels=inputs // 4, width=width, heads=heads,
                 double=files.count("double_blocks."), single=files.count("single_blocks."),
                 text_width=shapes["txt_in.weight"][1], pooled_width=shapes["vector_in.0.weight"][1],
                 guidance="guidance_in.0.weight" in shapes, axes=config.get("axes_dims_rope", ()))
@@ -143,15 +144,19 @@ RENAMES = ((r"_in\.in_layer", "_in.0"), (r"_in\.out_layer", "_in.2"), (r"_mod\.l
            (r"norm\.query_norm\.scale", "ln_q.weight"), (r"norm\.key_norm\.scale", "ln_k.weight"))
 FROM_DIFFUSERS = (
     (r"^single_transformer_blocks", "single_blocks"), (r"^transformer_blocks", "double_blocks"),
-    (r"x_embedder", "img_in"), (r"context_embedder", "txt_in"), (r"time_text_embed\.timestep_embedder", "time_in"),
+    (r"x_embedder", "img_in"), (r"context_embedder", "txt_in"),
+    (r"time_text_embed\.timestep_embedder", "time_in"),
     (r"time_text_embed\.guidance_embedder", "guidance_in"), (r"time_text_embed\.text_embedder", "vector_in"),
     (r"_in\.linear_1", "_in.0"), (r"_in\.linear_2", "_in.2"), (r"norm1\.linear", "img_mod"),
-    (r"norm1_context\.linear", "txt_mod"), (r"ff\.net\.0\.proj", "img_mlp.fc1"), (r"ff\.net\.2", "img_mlp.fc2"),
+    (r"norm1_context\.linear", "txt_mod"),
+    (r"ff\.net\.0\.proj", "img_mlp.fc1"), (r"ff\.net\.2", "img_mlp.fc2"),
     (r"ff_context\.net\.0\.proj", "txt_mlp.fc1"), (r"ff_context\.net\.2", "txt_mlp.fc2"),
     (r"attn\.to_out\.0", "img_attn.proj"), (r"attn\.to_add_out", "txt_attn.proj"),
     (r"attn\.norm_added_([qk])", r"txt_attn.ln_\1"), (r"attn\.add_([qkv])_proj", r"txt_attn.\1"),
-    (r"(single_blocks\.\d+)\.attn\.norm_([qk])", r"\1.ln_\2"), (r"(single_blocks\.\d+)\.attn\.to_([qkv])", r"\1.\2"),
-    (r"(single_blocks\.\d+)\.norm\.linear", r"\1.modulation"), (r"(single_blocks\.\d+)\.proj_out", r"\1.linear2"),
+    (r"(single_blocks\.\d+)\.attn\.norm_([qk])", r"\1.ln_\2"),
+    (r"(single_blocks\.\d+)\.attn\.to_([qkv])", r"\1.\2"),
+    (r"(single_blocks\.\d+)\.norm\.linear", r"\1.modulation"),
+    (r"(single_blocks\.\d+)\.proj_out", r"\1.linear2"),
     (r"(double_blocks\.\d+)\.attn\.norm_([qk])", r"\1.img_attn.ln_\2"),
     (r"(double_blocks\.\d+)\.attn\.to_([qkv])", r"\1.img_attn.\2"),
     (r"^norm_out\.linear", "final_layer.adaLN_modulation.1"), (r"^proj_out", "final_layer.linear"))

@@ -1,4 +1,4 @@
-"""Memory for big models: weights stored in 8 bits, weights that wait in CPU memory, a ledger of what is where.
+"""Memory for big models: weights in 8 bits, weights that wait in CPU memory, a ledger of what is where.
 
     quantise(module, "int8")                              linears and embeddings in 8 bits, in place
     with placed(net, device, "block", ledger, net.blocks): ...     none, model or block offload, one call
@@ -84,9 +84,10 @@ def unpack(q, scale, dtype):
 
 def small(part, path, kind, skip="$^", least=LEAST):
     """The 8-bit stand-in for a loaded part, or None where it stays as it is."""
-    if not isinstance(part, (nn.Linear, nn.Embedding)) or part.weight.numel() < least or re.search(skip, path):
+    known = {nn.Linear: QLinear, nn.Embedding: QEmbedding}.get(type(part))
+    if known is None or part.weight.numel() < least or re.search(skip, path):
         return None
-    return (QLinear if type(part) is nn.Linear else QEmbedding).of(part, kind)
+    return known.of(part, kind)
 
 
 def replace(module, path, new):

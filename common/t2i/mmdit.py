@@ -132,7 +132,7 @@ class MMDiT(nn.Module):
         c = self.t_embedder.mlp(time_features(t).to(dtype)) + self.y_embedder.mlp(pooled.to(dtype))
         text = self.context_embedder(text.to(dtype))
         counts = None
-        if last_counts is not None:                          # n equal keys weigh like one whose logit gains ln n
+        if last_counts is not None:                          # n equal keys: one whose logit gains ln n
             counts = x.new_zeros(len(x), 1, 1, text.shape[1] + x.shape[1])
             counts[..., text.shape[1] - 1] = last_counts.to(x).log()[:, None, None]
         for i, block in enumerate(self.joint_blocks):
@@ -157,7 +157,8 @@ def settings(files, heads=0):
         raise files.wrong_family("an SD3 transformer", "joint_blocks.0.x_block.attn.qkv.weight")
     width, channels, patch, _ = shapes["x_embedder.proj.weight"]
     depth, out = files.count("joint_blocks."), shapes["final_layer.linear.weight"][0] // patch**2
-    return dict(channels=out, extra=channels - out, patch=patch, depth=depth, width=width, heads=heads or max(width // 64, 1),
+    return dict(channels=out, extra=channels - out, patch=patch, depth=depth, width=width,
+                heads=heads or max(width // 64, 1),
                 text_width=shapes["context_embedder.weight"][1],
                 pooled_width=shapes["y_embedder.mlp.0.weight"][1],
                 table=math.isqrt(shapes["pos_embed"][1]),

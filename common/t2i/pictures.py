@@ -68,7 +68,7 @@ def beside(init, mask_HW, shape, factor, to_latent):
 
 
 class WithChannels(torch.nn.Module):
-    """net(x, ...) of a model whose first layer reads more channels than it predicts: the rest are constant."""
+    """net(x, ...) of a model whose first layer reads more channels than it predicts; others are constant."""
 
     def __init__(self, net, rest_1CHW):
         super().__init__()

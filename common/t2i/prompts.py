@@ -1,7 +1,8 @@
 """Prompts longer than a text encoder's window, and weights inside prompts: (a red door:1.3).
 
-CLIP reads 75 tokens at a time; a longer prompt becomes several windows, each encoded by itself, side by side.
-A weight w moves the embedding of its tokens away from that of the empty prompt: e <- e_empty + w (e - e_empty).
+CLIP reads 75 tokens at a time; a longer prompt becomes several windows, each encoded by itself, side by
+side. A weight w moves the embedding of its tokens away from that of the empty prompt,
+e <- e_empty + w (e - e_empty).
 Only the form (words:number) is a weight; other parentheses are text, and \\( is always text.
 """
 import re
@@ -28,7 +29,7 @@ def weighted_tokens(text, tokens):
 
 
 def windows(text, tokenizer, room=75):
-    """-> [[(id, weight)]]: chunks of at most `room` tokens, at least one; a word is not cut when it can move over."""
+    """-> [[(id, weight)]]: at least one chunk of at most `room` tokens; words stay whole if they can."""
     rest, found = weighted_tokens(text, tokenizer.tokens), []
     while len(rest) > room:
         cut = next((k for k in range(room, room - 20, -1) if tokenizer.ends_word(rest[k - 1][0])), room)
@@ -49,6 +50,6 @@ def to_ids(rows, start, end, pad, length):
 
 
 def weigh(hidden_BLD, weights_BL, empty_LD):
-    """e_empty + w (e - e_empty) where a weight differs from 1; elsewhere the embedding as it is, bit for bit."""
+    """e_empty + w (e - e_empty) where a weight is not 1; elsewhere the embedding as it is, bit for bit."""
     w = weights_BL[..., None].to(hidden_BLD)
     return torch.where(w == 1, hidden_BLD, empty_LD + w * (hidden_BLD - empty_LD))

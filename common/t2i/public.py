@@ -1,7 +1,8 @@
 """Public text-to-image models from local files: which family a file is, and its sizes.
 
-DiT (class-conditional), PixArt, SD3 / SD3.5 and FLUX.1, in the spelling of their authors or of diffusers. Everything
-is read off tensor names and shapes; nothing is downloaded. The transformer class comes from the script.
+DiT (class-conditional), PixArt, SD3 / SD3.5 and FLUX.1, in the spelling of their authors or of diffusers.
+Everything is read off tensor names and shapes; nothing is downloaded. The transformer class comes from the
+script.
 """
 import re
 from dataclasses import dataclass, field
@@ -38,14 +39,16 @@ class Public:
 def family_of(files):
     """'dit', 'pixart', 'sd3', 'flux' or a UserError that says what the file holds."""
     signs = {"double_blocks.0.img_attn.qkv.weight": "flux",
-             "single_transformer_blocks.0.proj_mlp.weight": "flux", "blocks.0.cross_attn.q_linear.weight": "pixart", "adaln_single.linear.weight": "pixart",
+             "single_transformer_blocks.0.proj_mlp.weight": "flux",
+             "blocks.0.cross_attn.q_linear.weight": "pixart", "adaln_single.linear.weight": "pixart",
              "y_embedder.embedding_table.weight": "dit", "joint_blocks.0.x_block.attn.qkv.weight": "sd3",
              "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight": "dit",
              "transformer_blocks.0.attn.add_q_proj.weight": "sd3"}
     for sign, family in signs.items():
         if sign in files.shapes:
             return family
-    raise files.wrong_family("a DiT, PixArt, SD3 or FLUX transformer", "joint_blocks.0.x_block.attn.qkv.weight")
+    raise files.wrong_family("a DiT, PixArt, SD3 or FLUX transformer",
+                             "joint_blocks.0.x_block.attn.qkv.weight")
 
 
 # --- DiT and PixArt ------------------------------------------------------
@@ -121,9 +124,6 @@ def load_dit(files, DiT, positions, dtype, config, **storage):
 
 
 # --- the whole model -----------------------------------------------------
-
-
-
 
 
 def open_transformer(path, DiT, positions, dtype, quantise=None):

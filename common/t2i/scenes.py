@@ -105,6 +105,17 @@ def judge_all(pictures, texts):
     return {f: float(np.mean([r[f] for r in rows if r[f] is not None] or [np.nan])) for f in FIELDS}
 
 
+SHORT = {"a ": "", "large": "L", "small": "s", "circle": "circ", "square": "sq", "triangle": "tri",
+         "left of": "<", "right of": ">", "above": "^", "below": "v"}
+
+
+def short(caption):
+    """'a large red circle left of a small blue square' -> 'L red circ < s blue sq', to fit a picture."""
+    for long, brief in SHORT.items():
+        caption = caption.replace(long, brief)
+    return caption
+
+
 def look(picture):
     """Objects in a picture uint8 [S, S, 3]: [{colour, shape, size, xy (0..1)}], found without knowing the
     caption."""
@@ -163,7 +174,8 @@ def _parse_object(text):
     words = text.split()
     known = ("a",), SIZES, COLOURS, SHAPES
     if len(words) != 4 or any(w not in some for w, some in zip(words, known)):
-        raise ValueError(f"not a scene caption: {text!r}; e.g. 'a large red circle above a small blue square'")
+        raise ValueError(f"not a scene caption: {text!r}; "
+                         "e.g. 'a large red circle above a small blue square'")
     return tuple(words[1:])
 
 

@@ -125,7 +125,7 @@ def demo(cfg, sample):
     if not np.array_equal(half[mask == 0], grid[0][mask == 0]):
         raise UserError("inpainting changed pixels outside the mask")
     again, = run("again", recipe=str(first))
-    if np.abs(again.astype(int) - grid[0]).max() > 1:        # one grey level: another batch size rounds differently
+    if np.abs(again.astype(int) - grid[0]).max() > 1:        # one grey level: another batch size
         raise UserError("a recipe did not repeat its picture")
     print(f"demo: inpainting kept every byte outside its mask, the recipe repeated its picture; see {out}")
 
@@ -156,6 +156,13 @@ def canvas(cfg, model):
     box = pictures.region(mask, cfg.crop, shape[0] / shape[1])
     return (shape, pictures.cut(whole, box, shape), pictures.cut(mask, box, shape),
             lambda p: pictures.paste(p, whole, mask, box, cfg.feather))
+
+
+def labelled(made, texts, count=20):
+    """The first pictures of a score with their captions in short; an x before what the judge finds wrong."""
+    wrong = [scenes.judge(p, t)["exact"] < 1 for p, t in zip(made[:count], texts)]
+    labels = [("x  " if bad else "") + scenes.short(t) for bad, t in zip(wrong, texts)]
+    return draw.grid(made[:count], columns=5, labels=labels, scale=6, pad=4)
 
 
 def weights_hash(cfg):
@@ -199,7 +206,8 @@ def kernels(device):
     cuda = torch.backends.cuda
     names = dict(flash=cuda.flash_sdp_enabled(), memory_efficient=cuda.mem_efficient_sdp_enabled(),
                  math=cuda.math_sdp_enabled())
-    return "attention on CUDA: " + ", ".join(n for n, on in names.items() if on) + "; flash wants bf16 or fp16, no mask"
+    found = ", ".join(n for n, on in names.items() if on)
+    return f"attention on CUDA: {found}; flash wants bf16 or fp16 and no mask"
 
 
 def trace(modules, forward):
@@ -252,10 +260,13 @@ def noise_strip(cfg, alpha_bar, shift, times=8):
         curves[name] = fine, 0.5 * np.log(abar / (1 - abar))[(fine * 999).round().astype(int)]
     for k in (1.0, 3.0):
         rows += [(1 - s) * x0 + s * noise for s in shift(u, k)]
-        curves[f"flow, shift {k:g}"] = fine, np.log(1 / shift(fine, k) - 1)
-    strip = draw.grid([((r.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8) for r in rows], columns=times)
+        curves[f"flow with shift {k:g}"] = fine, np.log(1 / shift(fine, k) - 1)
+    cells = [((r.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8) for r in rows]
+    strips = {name: draw.grid(cells[k * times:(k + 1) * times], columns=times)
+              for k, name in enumerate(curves)}
     plot = draw.lines(curves, title="half log-SNR", xlabel="time", ylabel="ln(alpha / sigma)")
     path = Path(cfg.out, "noise.png")
-    draw.save(draw.sheet({"rows: " + ", ".join(curves): strip, "": plot}, columns=1), path)
+    page = draw.sheet({**strips, "": plot}, columns=1, title="noise from time 0 (left) to 1 (right)")
+    draw.save(page, path)
     print(path)
     return rows

@@ -1,7 +1,7 @@
 """T5 v1.1 text encoder and its unigram tokenizer in plain Python and torch, read from the public files.
 
-The tokenizer file is a small protocol buffer (spiece.model) or a tokenizer.json; both are parsed here with
-every length checked, no package needed. Parameter names are those of the Hugging Face files.
+The tokenizer file, a protocol buffer (spiece.model) or tokenizer.json, is parsed here with every length
+checked. Parameter names are those of the Hugging Face files.
 """
 import base64
 import functools
@@ -122,8 +122,7 @@ class CharsMap:
                 out.append(self.strings[at:self.strings.index(b"\0", at)])
                 i += length
             else:
-                lead = data[i]
-                width = 1 if lead < 0x80 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
+                width = next(n for n, top in enumerate((0x80, 0xE0, 0xF0, 0x100), 1) if data[i] < top)
                 out.append(data[i:i + width])
                 i += width
         return b"".join(out).decode("utf-8", "replace")
@@ -201,13 +200,11 @@ class T5Tokenizer:
             lost = "".join(self.pieces[i] for i in row[length - 1:]).replace(MARK, " ").strip()
             print(f"T5 reads {length - 1} tokens; lost: {lost[:200]}", file=sys.stderr)
 
-    def __call__(self, texts, length, warn=True):
-        ids = torch.full((len(texts), length), PAD)
-        mask = torch.zeros(len(texts), length, dtype=torch.bool)
+    def __call__(self, texts, length):
+        ids, mask = torch.full((len(texts), length), PAD), torch.zeros(len(texts), length, dtype=torch.bool)
         for k, text in enumerate(texts):
             row = self.tokens(text)
-            if warn:
-                self.report(row, length)
+            self.report(row, length)
             row = [*row[:length - 1], EOS]
             ids[k, :len(row)] = torch.tensor(row)
             mask[k, :len(row)] = True
@@ -242,8 +239,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, bias):
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        # no 1/sqrt(d) in T5
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
+        out = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), scale=1.0)     # no 1/sqrt(d) in T5
         return self.o(out.transpose(1, 2).flatten(2))
 
 
@@ -253,8 +249,7 @@ class Gated(nn.Module):
         self.wi_0, self.wi_1, self.wo = _linear(width, hidden), _linear(width, hidden), _linear(hidden, width)
 
     def forward(self, x):
-        h = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
-        return self.wo(h.to(self.wo.weight.dtype))
+        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
 
 
 class Block(nn.Module):
@@ -272,8 +267,7 @@ class Block(nn.Module):
 
 
 def bucket(distance, buckets=32, limit=128):
-    """Relative position key - query -> bucket: exact to 8, logarithmic to `limit`, one half for each
-    direction."""
+    """Relative position key - query -> bucket: exact to 8, then logarithmic; a half for each direction."""
     half, exact, far = buckets // 2, buckets // 4, distance.abs()
     log = torch.log(far.clamp(min=1) / exact) / math.log(limit / exact) * (half - exact)
     near = torch.where(far < exact, far, (exact + log.long()).clamp(max=half - 1))
@@ -281,8 +275,7 @@ def bucket(distance, buckets=32, limit=128):
 
 
 class T5Encoder(nn.Module):
-    """enc(ids [B, L], mask [B, L] or None) -> hidden [B, L, D]. float16 overflows in T5: use bfloat16 or
-    float32."""
+    """enc(ids [B, L], mask [B, L] or None) -> hidden [B, L, D]; in bfloat16 or float32, float16 overflows."""
 
     def __init__(self, width=4096, heads=64, head=64, hidden=10240, depth=24, vocabulary=32128, buckets=32):
         super().__init__()
@@ -296,21 +289,20 @@ class T5Encoder(nn.Module):
         """From a folder, a file, or a part (prefix) of a single-file model; sizes are read off the shapes."""
         if dtype == torch.float16:
             raise UserError("T5 overflows in fp16 (its residuals pass 65504); use --dtype bf16 or fp32")
-        files = Checkpoint.open(source).under(prefix)
-        shapes, first = files.shapes, "encoder.block.0.layer."
-        if "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" not in shapes:
+        files, first = Checkpoint.open(source).under(prefix), "encoder.block.0.layer."
+        if first + "1.DenseReluDense.wi_0.weight" not in files.shapes:
             raise files.wrong_family("a T5 v1.1 encoder", first + "1.DenseReluDense.wi_0.weight")
-        if "shared.weight" not in shapes:
+        if "shared.weight" not in files.shapes:
             files = files.renamed(lambda n: "shared.weight" if n == "encoder.embed_tokens.weight" else n)
-            shapes = files.shapes
+        shapes = files.shapes
         buckets, heads = shapes[first + "0.SelfAttention.relative_attention_bias.weight"]
         with torch.device("meta"):
             net = cls(shapes["shared.weight"][1], heads,
                       shapes[first + "0.SelfAttention.q.weight"][0] // heads,
                       shapes[first + "1.DenseReluDense.wi_0.weight"][0], files.count("encoder.block."),
                       shapes["shared.weight"][0], buckets)
-        return fill(net, files, dtype, ignore=("encoder.embed_tokens.", "decoder.", "lm_head."),
-                    **storage).eval()
+        unused = ("encoder.embed_tokens.", "decoder.", "lm_head.")
+        return fill(net, files, dtype, ignore=unused, **storage).eval()
 
     @property
     def blocks(self):

@@ -1,4 +1,4 @@
-"""Texts encoded once: embeddings on disk, and a frozen public encoder as the text side of a model trained here."""
+"""Texts encoded once: embeddings on disk, and a frozen public encoder as the text side of training."""
 import hashlib
 import json
 import os
@@ -26,7 +26,7 @@ class TextCache:
     def __init__(self, folder, ident, encode, batch=16):
         self.folder, self.ident, self.encode, self.batch = Path(folder), ident, encode, batch
 
-    def __getattr__(self, name):                             # whatever else the encoder knows: ledger, windows
+    def __getattr__(self, name):                             # what else the encoder knows: ledger, windows
         return getattr(self.__dict__["encode"], name)
 
     def path(self, text, size):
@@ -70,24 +70,27 @@ class TextCache:
 
 def fingerprint(folder):
     """Names, sizes and times of the weight files below a folder: enough to tell encoders apart."""
-    files = sorted(p for p in Path(folder).rglob("*") if p.suffix in (".safetensors", ".bin", ".pt", ".model"))
+    kinds = (".safetensors", ".bin", ".pt", ".model")
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix in kinds)
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
 
 
 class PublicText:
-    """texts -> dict(text [B, L, E], mask [B, L]) by the T5 or CLIP of a folder with text_encoder/ and tokenizer/.
+    """texts -> dict(text [B, L, E], mask [B, L]) by the T5 or CLIP in a folder (text_encoder/, tokenizer/).
 
     The encoder comes into memory with the first text that is not cached and leaves with `free`."""
 
     def __init__(self, folder, length, device):
         self.folder, self.length, self.device, self.parts = Path(folder), length, device, None
-        self.encoder_at = self.folder / "text_encoder" if (self.folder / "text_encoder").is_dir() else self.folder
+        inner = self.folder / "text_encoder"
+        self.encoder_at = inner if inner.is_dir() else self.folder
         shapes = Checkpoint.open(self.encoder_at).shapes
         self.t5 = any("DenseReluDense" in n for n in shapes)
         sign = r"shared\.weight|embed_tokens\.weight" if self.t5 else r"token_embedding\.weight"
         found = [s for n, s in shapes.items() if re.search(sign, n)]
         if not found:
-            raise UserError(f"{folder} holds no T5 or CLIP text encoder: expected text_encoder/ and tokenizer/")
+            raise UserError(f"{folder} holds no T5 or CLIP text encoder: "
+                            "expected text_encoder/ and tokenizer/")
         self.width = found[0][1]
 
     def cache(self, folder):

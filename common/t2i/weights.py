@@ -71,7 +71,8 @@ class Checkpoint:
             files = [path]
         if not files or not all(f.is_file() for f in files):
             missing = next((f for f in files if not f.is_file()), path)
-            raise UserError(f"no weights at {missing}: expected a .safetensors or .pt file or a folder of them")
+            raise UserError(f"no weights at {missing}: expected a .safetensors or .pt file, or a folder of "
+                            "them")
         if len(files) > 1 and not (path.is_dir() and index):
             full = [f for f in files if "fp16" not in f.name and "non_ema" not in f.name]
             files = full[:1] or files[:1]                    # model.safetensors beside model.fp16.safetensors
@@ -148,7 +149,7 @@ def _safetensors(path):
     shapes = check_header(path)
 
     def get(name):
-        try:                                                 # opened anew: pages read for one tensor can go again
+        try:                                                 # opened anew: its pages can go again
             with safe_open(path, "pt") as file:
                 return file.get_tensor(name)
         except (SafetensorError, OSError, ValueError) as error:
