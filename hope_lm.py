@@ -132,6 +132,7 @@ class Config:
     seeds: int = opt(3, "ablate: seeds an arm", free=True)
     eval_length: int = opt(0, "evaluate: tokens of a row; 0: as trained", free=True)
     min_english: float = opt(0.85, "corpus: smallest P(English)", free=True)
+    limit: int = opt(0, "corpus: documents read of a source; 0: all", free=True)
     strict: bool = opt(False, "verify: config, tokenizer, data and RNG too", free=True)
 
     @property
