@@ -37,8 +37,8 @@ from torch.utils.checkpoint import checkpoint
 from common import run
 from common.hope import corpus, cost, optim, sidecar, text
 from common.hope.blocks import (Attention, Conv, DeltaNet, RMSNorm, SwiGLU, cut, detached, glue,
-                                inverse_softplus, linear, log_sigmoid, nll, pieces, rates, rope, sum_gates,
-                                teach_signal, unit)
+                                inverse_softplus, linear, log_sigmoid, nll, pieces, rates, rope, stacked,
+                                sum_gates, teach_signal, unit)
 from common.run import opt
 from common.hope.scan import SiLU, advance, chunk_rule, decays
 from common.hope.synthetic import Task
