@@ -2,13 +2,18 @@
 PYTHON ?= python3
 PRESET ?= smoke
 SCRIPT ?= drift_toy
+DATA   ?= data
+SOURCES ?= sources.json
+LIMIT  ?= 0
+VOCAB  ?= 32000
+LENGTH ?= 2048
 VENV   := .venv/bin/python
 ALL    := $(basename $(wildcard drift_*.py dit_t2i.py hope_lm.py beta_vae_arc.py streetvision.py))
 
-.PHONY: help demo test test-gpu parity smoke drill repro bench table report pack clean
+.PHONY: help demo test test-gpu parity smoke drill repro bench table report pack clean hope-data-sample hope-data-full
 
 help:            ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+[a-z -]*:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -51,6 +56,16 @@ table: .venv/ready    ## the README's results table from runs/*/*/log.jsonl
 
 report: .venv/ready    ## report.html over all runs
 	$(VENV) -m eval.report $(wildcard runs/*/*) --out report.html
+
+hope-data-sample: SOURCES =
+hope-data-sample: LIMIT = 400
+hope-data-sample: VOCAB = 512
+hope-data-sample: LENGTH = 256
+hope-data-sample hope-data-full: .venv/ready    ## hope_lm's corpus, tokenizer and shards; full: SOURCES=sources.json
+	$(VENV) hope_lm.py corpus --data "$(SOURCES)" --limit $(LIMIT) --out $(DATA)/$@
+	$(VENV) hope_lm.py tokenizer --data $(DATA)/$@ --vocab $(VOCAB) --out $(DATA)/$@
+	$(VENV) hope_lm.py shard --data $(DATA)/$@ --tokenizer $(DATA)/$@/tokenizer.json --length $(LENGTH) --out $(DATA)/$@/shards
+	$(VENV) hope_lm.py validate --data $(DATA)/$@/shards
 
 pack: .venv/ready    ## make pack SCRIPT=drift_toy: script and common as a tar
 	mkdir -p dist && tar -czf dist/$(SCRIPT).tar.gz --exclude=__pycache__ $(SCRIPT).py common requirements.txt LICENSE

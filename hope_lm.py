@@ -37,8 +37,8 @@ from torch.utils.checkpoint import checkpoint
 from common import run
 from common.hope import corpus, cost, optim, sidecar, text
 from common.hope.blocks import (Attention, Conv, DeltaNet, RMSNorm, SwiGLU, cut, detached, glue,
-                                inverse_softplus, linear, log_sigmoid, nll, pieces, rates, rope, sum_gates,
-                                teach_signal, unit)
+                                inverse_softplus, linear, log_sigmoid, nll, pieces, rates, rope, stacked,
+                                sum_gates, teach_signal, unit)
 from common.run import opt
 from common.hope.scan import SiLU, advance, chunk_rule, decays
 from common.hope.synthetic import Task
@@ -80,6 +80,7 @@ class Config:
     cms_mult: float = opt(4.0, "hidden width of a CMS level over D")
     periods: tuple = opt((8, 32, 128, 512), "context clock: tokens a move, fastest first")
     outer_periods: tuple = opt((1, 1, 2, 4), "outer clock: optimizer steps a move")
+    stack: str = opt("", "headwise CMS: a run of one level whose weights start every level here")
     cms_lr: float = opt(3e-4, "context clock: inner step size")
     through_writes: bool = opt(True, "context clock: gradients flow through the writes; off: first order")
     teach: str = opt("layer", "teach signal: true gradient at each level, or the head's for all",
@@ -131,6 +132,7 @@ class Config:
     seeds: int = opt(3, "ablate: seeds an arm", free=True)
     eval_length: int = opt(0, "evaluate: tokens of a row; 0: as trained", free=True)
     min_english: float = opt(0.85, "corpus: smallest P(English)", free=True)
+    limit: int = opt(0, "corpus: documents read of a source; 0: all", free=True)
     strict: bool = opt(False, "verify: config, tokenizer, data and RNG too", free=True)
 
     @property
@@ -153,6 +155,10 @@ PRESETS = {
                                       chunk_self=16, eval_every=10, eval_rows=4, save_every=10, log_every=5)),
     "tiny": dict(paper="-", set=dict(width=192, depth=4, heads=3, params=4_000_000, length=256, batch=16,
                                      steps=1500, chunk=32, chunk_self=32, cms_levels=2)),
+    "parity": dict(paper="NL tables 3-5, state tracking; also --task aa", goal=dict(accuracy=0.99),
+                   set=dict(task="parity", vocab=64, width=32, depth=1, heads=1, length=32, batch=32,
+                            steps=1000, normal="unit", inner="dgd", eta=1.3, memory_depth=1, cms_levels=1,
+                            chunk=8, chunk_self=4, decay=False, eval_every=250, eval_rows=64)),
     "cms_sparse": dict(paper="sparse-chunk ablation, below 49 GB", set=dict(
         width=384, depth=8, heads=6, vocab=32_000, length=1024, batch=2, cms="context", through_writes=False,
         optimizer="adamw", lr=2.5e-4, steps=5000)),
@@ -746,6 +752,14 @@ def build(cfg):
     return LM(sized(cfg))
 
 
+def stack(net, folder):
+    """Start every level at the one MLP of a trained run (NL 7.3): at first the same function."""
+    source, saved = load_run(folder)
+    if saved.cms_levels != 1 or net.cfg.cms_wiring != "headwise":
+        raise run.UserError(f"--stack {folder}: needs a run of one level, and --cms-wiring headwise here")
+    net.load_state_dict(stacked(source.state_dict(), net.state_dict(), net.cfg.levels))
+
+
 def sized(cfg):
     """cfg with hidden_width chosen so that the parameter count is nearest to cfg.params."""
     if not cfg.params:
@@ -803,28 +817,6 @@ class Objective(nn.Module):
         return loss.sum() / (target >= 0).sum().clamp(min=1)
 
 
-def check(cfg, ddp):
-    """Refuse what would silently mean something else."""
-    if cfg.width % cfg.heads or (cfg.width // cfg.heads) % 2:
-        raise run.UserError(f"--width {cfg.width} / --heads {cfg.heads} must be an even whole number")
-    if cfg.inner in ("delta_momentum", "dmgd") and not cfg.boundary and cfg.variant != "hope_attention":
-        raise run.UserError(f"--inner {cfg.inner} has no exact token form; add --boundary")
-    if cfg.cms_wiring == "nested" and cfg.cms != "context":
-        raise run.UserError("--cms-wiring nested restarts levels inside a context; add --cms context")
-    if len(cfg.periods) < cfg.levels or cfg.cms == "outer" and len(cfg.outer_periods) < cfg.levels:
-        raise run.UserError(f"--cms-levels {cfg.levels} needs that many --periods and --outer-periods")
-    periods = cfg.periods[:cfg.levels]
-    if any(p % periods[0] or p < periods[0] for p in periods) and cfg.cms == "context":
-        raise run.UserError(f"--periods {cfg.periods}: each must be a multiple of the first")
-    if cfg.cms == "context" and cfg.levels and ddp.world > 1 and cfg.shard == "fsdp2":
-        raise run.UserError("--cms context keeps a copy of the weights a sequence; use --shard ddp or zero1")
-    for T in cfg.curriculum or ():
-        if cfg.batch * cfg.length % T:
-            raise run.UserError(f"--curriculum {T}: {cfg.batch} rows of {cfg.length} make no whole row")
-    if cfg.task == "recall" and cfg.length < 64:
-        raise run.UserError("--task recall needs --length 64 or more")
-
-
 def length_at(cfg, step):
     """Row length of a step: the curriculum in equal shares."""
     return cfg.curriculum[(step - 1) * len(cfg.curriculum) // cfg.steps] if cfg.curriculum else cfg.length
@@ -859,13 +851,15 @@ def free_fields():
 def train(cfg):
     ddp = run.init(cfg.device)
     run.keep_freed_memory()                         # a step makes and frees the same few thousand tensors
-    check(cfg, ddp)
+    cost.check(cfg, ddp)
     data = open_data(cfg)
     run.seed_all(cfg.seed)
     net = build(cfg).to(ddp.device)
     if cfg.compile:
         for memory in (m for m in net.modules() if isinstance(m, Memory)):
             memory.body = torch.compile(learn)
+    if cfg.stack:
+        stack(net, cfg.stack)
     size = sum(p.numel() for p in net.parameters())
     model, zero1, ranked = optim.distribute(Objective(net), net.blocks, cfg.shard, cfg.bf16, ddp)
     outer = optim.Outer(net, cfg.optimizer, cfg.lr, cfg.matrix_lr, cfg.weight_decay,
@@ -1019,6 +1013,8 @@ def evaluate(cfg):
             print(f"{name:<22} {value if not isinstance(value, float) else round(value, 5)}")
         for name, value in PRESETS.get(saved.preset, {}).get("expect", {}).items():
             print(f"{name:<22} not run at this scale; paper {value}")
+        for name, value in PRESETS.get(saved.preset, {}).get("goal", {}).items():
+            print(f"{name:<22} goal {value}: {'met' if found[name] >= value else 'not met'}")
 
 
 def plan(cfg):

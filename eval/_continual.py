@@ -1,4 +1,8 @@
-"""Continual learning on generated domains: what training on the next one does to those before."""
+"""Continual learning: domains one after the other by training, and new classes by memorising alone.
+
+    continual(net, ...)     a copy of the net trains through five generated domains: loss matrix, forgetting
+    classes(scorer, ...)    no training: fast weights take in labelled texts, ten new labels at a time
+"""
 
 import copy
 
@@ -78,3 +82,56 @@ class gates:
     def __exit__(self, *_):
         for m, rule in zip(self.memories, self.old):
             m.rule = rule
+
+
+def labelled(seed=0, labels=30, examples=30):
+    """A generated intent corpus: label -> texts, seven words each, four of them from the label's own ten."""
+    d = rng(seed, 7)
+    syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
+    word = lambda: "".join(d.choice(syllables, 2))      # noqa: E731
+    common, made = [word() for _ in range(40)], {}
+    for i in range(labels):
+        own = [word() for _ in range(10)]
+        texts = [" ".join(d.permutation([*d.choice(own, 4), *d.choice(common, 3)])) for _ in range(examples)]
+        made[f"{word()}{i}"] = texts
+    return made
+
+
+@torch.no_grad()
+def classes(scorer, corpus=None, per_task=10, shown=25, asked=5):
+    """Class-incremental learning: accuracy[i][j] on the labels of task i after memorising tasks 0..j.
+
+    label = argmax log p(label | "Text: ... Label:") over the labels met so far, from the fast weights
+    alone; "off" asks a fresh context the same questions.  corpus: label -> texts, of which the last
+    `asked` are the questions.
+    """
+    corpus = corpus or labelled()
+    names, tasks = list(corpus), range(-(-len(corpus) // per_task))
+    prompt = lambda t: f"Text: {t}\nLabel:"     # noqa: E731
+    scorer.reset, scorer.state = False, None
+    found = dict(labels=len(names), shown=shown, on=[], off=[])
+    for j in tasks:
+        for label in names[j * per_task:(j + 1) * per_task]:
+            for text in corpus[label][:shown]:
+                scorer.take_in(scorer.bpe.encode(f"{prompt(text)} {label}\n"))
+        met = names[:(j + 1) * per_task]
+        for key, state in (("on", scorer.state), ("off", None)):
+            right = [[pick(scorer, state, prompt(t), met) == n for t in corpus[n][-asked:]] for n in met]
+            found[key].append([float(np.mean(right[i * per_task:(i + 1) * per_task])) for i in range(j + 1)])
+    for key in ("on", "off"):
+        last = found[key][-1]
+        found[key] = dict(matrix=found[key], mean_final=float(np.mean(last)),
+                          forgetting=[max(row[i] for row in found[key][i:]) - last[i] for i in tasks])
+    return found
+
+
+def pick(scorer, state, prompt, labels):
+    """The label whose tokens are the likeliest after the prompt, all asked from the same fast weights."""
+    head, scores = scorer.bpe.encode(prompt), []
+    for label in labels:
+        tail = scorer.bpe.encode(" " + label)
+        tokens = torch.tensor([(head + tail)[:-1]])
+        logits, _ = scorer.net(tokens, state or scorer.net.fresh(1))
+        logp = logits[0, -len(tail):].double().log_softmax(-1)
+        scores.append(float(logp.gather(1, torch.tensor(tail)[:, None]).sum()) / len(tail))
+    return labels[int(np.argmax(scores))]

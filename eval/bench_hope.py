@@ -84,6 +84,7 @@ def measure(steps):
         began = time.process_time()
         tokens = step()
         rates[name] = tokens / (time.process_time() - began)
+        print(f"{name}: {rates[name]:.1f} tokens a CPU-second", file=sys.stderr, flush=True)
     return rates
 
 

@@ -25,7 +25,7 @@ import hope_lm
 from common import draw, run
 from common.ckpt import sha256_file, write_atomic
 from common.hope.text import BPE, documents, rng, standard_library
-from eval._continual import continual
+from eval._continual import classes, continual
 from eval._niah import VARIANTS as RULER, passkey_prompt, ruler_prompt
 from eval._shared import Parser, cli
 from eval._zeroshot import interval, zero_shot
@@ -164,16 +164,25 @@ def books(scorer, folder, limit):
 
 
 
+def intents(folder):
+    """label -> texts of DIR/intents.jsonl (CLINC, Banking: rows of text and label); None: generated ones."""
+    file, found = Path(folder or ".") / "intents.jsonl", {}
+    for line in file.read_text(encoding="utf-8").splitlines() if folder and file.exists() else ():
+        row = json.loads(line)
+        found.setdefault(str(row["label"]), []).append(row["text"])
+    return found or None
+
+
 # --- the bundle ---------------------------------------------------------------------------------------------
 
-PARTS = ("zeroshot", "ruler", "passkey", "books", "continual")
+PARTS = ("zeroshot", "ruler", "passkey", "books", "continual", "classes")
 
 
 def suite(net, bpe, args, memorize):
     """All parts asked for -> (dict of results, memory events)."""
-    how = memorize, tuple(args.memorize_paths.split(",")), args.memorize_steps, args.memorize_surprise_threshold
-    make = lambda: Scorer(net, bpe, args.length, *how, not args.memorize_no_reset,      # noqa: E731
-                          args.memorize_use_correct_answer)
+    paths, limit = tuple(args.memorize_paths.split(",")), args.memorize_surprise_threshold
+    make = lambda: Scorer(net, bpe, args.length, memorize, paths, args.memorize_steps, limit,   # noqa: E731
+                          not args.memorize_no_reset, args.memorize_use_correct_answer)
     essay = " ".join(documents(args.essay)) if args.essay else " ".join(standard_library(200_000))
     lengths = [int(x) for x in args.lengths.split(",")]
     depths = np.linspace(0, 1, args.depths).round(3).tolist()
@@ -181,12 +190,13 @@ def suite(net, bpe, args, memorize):
                 ruler=lambda s: needles(s, lengths, depths, args.samples, essay, args.generate),
                 passkey=lambda s: passkeys(s, lengths, args.samples),
                 books=lambda s: books(s, args.books, args.items),
-                continual=lambda s: continual(net, bpe, args.length, args.continual_steps))
+                continual=lambda s: continual(net, bpe, args.length, args.continual_steps),
+                classes=lambda s: classes(s, intents(args.tasks)))
     found, events = {}, {}
     for part in args.only.split(","):
         if part not in jobs:
             raise run.UserError(run.unknown("part", part, PARTS))
-        if memorize and part in ("books", "continual"):
+        if memorize and part in ("books", "continual", "classes"):
             continue                                # their memory is the ordinary one: scored as they stream
         scorer = make()
         before = {k: v.clone() for k, v in net.state_dict().items()}
@@ -213,15 +223,16 @@ def summary(meta, base, memorized):
             rows = value.items() if isinstance(value, dict) else ((name(r), r) for r in value)
             for task, v in rows:
                 if task in ("on", "off"):
-                    v = {k: v[k] for k in ("mean_final", "backward_transfer", "forgetting")}
+                    v = {k: v[k] for k in ("mean_final", "backward_transfer", "forgetting") if k in v}
                 v = "not run: no file" if v is None else json.dumps(run.plain(v))
                 lines.append(f"| {part} | {task} | {v} |")
         lines.append("")
     if memorized:
         m = meta["memorize"]
         oracle = ", ORACLE: the right answer was memorised" if m["oracle"] else ""
-        lines += ["## Memory", "", f"paths {m['paths']}, threshold {m['threshold']}, steps {m['steps']}{oracle}; "
-                                   f"events {json.dumps(run.plain(m['events']))}", ""]
+        events = json.dumps(run.plain(m["events"]))
+        lines += ["## Memory", "", f"paths {m['paths']}, threshold {m['threshold']}, "
+                  f"steps {m['steps']}{oracle}; events {events}", ""]
     risks = "Small models score near chance on the zero-shot tasks; intervals are 95% Wilson."
     return "\n".join([*lines, "## Risks", "", risks]) + "\n"
 
@@ -232,8 +243,15 @@ def plots(found, out):
         for key in ("on", "off"):
             xs = list(range(1, len(c["domains"]) + 1))
             curves = {d: (xs, row) for d, row in zip(c["domains"], c[key]["matrix"])}
-            draw.save(draw.lines(curves, title=f"memory {key}", xlabel="domains trained", ylabel="loss, nats"),
-                      out / f"forgetting_{key}.png")
+            picture = draw.lines(curves, title=f"memory {key}", xlabel="domains trained", ylabel="loss, nats")
+            draw.save(picture, out / f"forgetting_{key}.png")
+    if found.get("classes"):
+        c = found["classes"]
+        xs = list(range(1, len(c["on"]["matrix"]) + 1))
+        curves = {f"memory {key}": (xs, [float(np.mean(row)) for row in c[key]["matrix"]])
+                  for key in ("on", "off")}
+        picture = draw.lines(curves, xlabel="tasks memorised", ylabel="accuracy, labels so far")
+        draw.save(picture, out / "classes.png")
     if found.get("ruler"):
         scores = {}
         for r in found["ruler"]:
@@ -292,7 +310,8 @@ def main():
     if args.memorize:
         memorized, events = suite(net, bpe, args, True)
         facts["memorize"] = dict(paths=args.memorize_paths, threshold=args.memorize_surprise_threshold,
-                                 steps=args.memorize_steps, reset=not args.memorize_no_reset, oracle=args.memorize_use_correct_answer,
+                                 steps=args.memorize_steps, reset=not args.memorize_no_reset,
+                                 oracle=args.memorize_use_correct_answer,
                                  events=events)
     bundle = run.plain(dict(meta=facts, scores=base, memorized=memorized))
     write_atomic(out / "metrics.json", json.dumps(bundle, indent=1).encode())

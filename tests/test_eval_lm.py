@@ -10,7 +10,7 @@ import torch
 import hope_lm as h
 from common.hope.text import BPE, rng
 from eval import _niah
-from eval._continual import continual, domains
+from eval._continual import classes, continual, domains, labelled
 from eval._zeroshot import CHOICE, interval, multiple_choice, winogrande, zero_shot
 from eval.lm import Scorer
 
@@ -172,3 +172,21 @@ def test_continual_matrix_and_forgetting():
         assert a.shape == (5, 5) and min(found[key]["forgetting"]) >= 0
         assert a[0, 0] < 5.4                        # three steps on prose: below log 256 = 5.55
     assert found["on"]["matrix"] != found["off"]["matrix"]
+
+
+def test_class_incremental_matrix_memorises_between_tasks_and_keeps_base_weights():
+    corpus = labelled(labels=4, examples=4)
+    assert corpus == labelled(labels=4, examples=4) and len(corpus) == 4
+    net = small()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    scorer = Scorer(net, BPE(), 64, memorize=True)
+    found = classes(scorer, corpus, per_task=2, shown=2, asked=2)
+    for key in ("on", "off"):
+        assert [len(row) for row in found[key]["matrix"]] == [1, 2] and min(found[key]["forgetting"]) >= 0
+        assert all(0 <= x <= 1 for row in found[key]["matrix"] for x in row)
+    assert scorer.events["seen"] > 0            # 4 labels x 2 texts went through the memories
+    fresh = Scorer(net, BPE(), 64, memorize=True)
+    fresh.take_in(BPE().encode("Text: x\nLabel: y"))
+    said = torch.tensor([list(b"Text: x")])
+    assert not torch.equal(net(said, scorer.state)[0], net(said, fresh.state)[0])   # what it took in is there
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())

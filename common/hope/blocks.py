@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.flags import UserError
 from common.hope.scan import advance, decays
 
 
@@ -229,3 +230,17 @@ def teach_signal(logits_BTV, target_BT, head_VD):
     p = logits_BTV.softmax(-1)
     p = p - F.one_hot(target_BT.clamp(min=0), p.shape[-1])
     return (p * (target_BT >= 0)[..., None]) @ head_VD
+
+
+def stacked(theirs, ours, levels):
+    """State dict of a headwise CMS of `levels` levels from one of one: its MLP in each, mixed by the mean."""
+    made = {}
+    for name, value in ours.items():
+        head, _, tail = name.partition(".levels.")
+        old = theirs.get(f"{head}.levels.0.{tail.split('.')[1]}" if tail else name)
+        if name.endswith("cms.mix"):
+            old = theirs.get(name, torch.ones(1)).expand(levels) / levels
+        if old is None or old.shape != value.shape:
+            raise UserError(f"--stack: {name} is not there in the shape {tuple(value.shape)}")
+        made[name] = old
+    return made

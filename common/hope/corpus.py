@@ -13,6 +13,7 @@ duplicates, overlap, provenance.
 import collections
 import functools
 import hashlib
+import itertools
 import json
 import math
 import pathlib
@@ -233,13 +234,13 @@ def sources(path):
     return found
 
 
-def build(path, out, min_english):
+def build(path, out, min_english, limit=0):
     """Clean every source into out/NAME.jsonl; writes sources.json and counts.json."""
     out, seen, listing, counts = pathlib.Path(out), set(), [], {}
     out.mkdir(parents=True, exist_ok=True)
     for source in sources(path):
-        kept, counts[source["name"]] = clean(source["documents"], min_english=min_english,
-                                             code=source["code"], seen=seen)
+        kept, counts[source["name"]] = clean(itertools.islice(source["documents"], limit or None),
+                                             min_english=min_english, code=source["code"], seen=seen)
         file = out / f"{source['name']}.jsonl"
         write_atomic(file, "".join(json.dumps({"text": t}) + "\n" for t in kept).encode())
         listing.append(dict(path=file.name, sha256=sha256_file(file),
@@ -272,7 +273,7 @@ def train_tokenizer(path, out, vocab):
 
 def make_corpus(cfg):
     """Filter and deduplicate --data (text, folder, sources.json) into OUT/NAME.jsonl and lists."""
-    build(cfg.data, cfg.out, cfg.min_english)
+    build(cfg.data, cfg.out, cfg.min_english, cfg.limit)
 
 
 def make_tokenizer(cfg):

@@ -1,7 +1,30 @@
-"""What a run of hope_lm costs, from its Config alone: nothing is allocated; and the
-table of runs that were."""
+"""Of a hope_lm Config alone: what it refuses and what its run costs; and the table of runs that were."""
 
 import statistics
+
+from common.flags import UserError
+
+
+def check(cfg, ddp):
+    """Refuse what would silently mean something else."""
+    if cfg.width % cfg.heads or (cfg.width // cfg.heads) % 2:
+        raise UserError(f"--width {cfg.width} / --heads {cfg.heads} must be an even whole number")
+    if cfg.inner in ("delta_momentum", "dmgd") and not cfg.boundary and cfg.variant != "hope_attention":
+        raise UserError(f"--inner {cfg.inner} has no exact token form; add --boundary")
+    if cfg.cms_wiring == "nested" and cfg.cms != "context":
+        raise UserError("--cms-wiring nested restarts levels inside a context; add --cms context")
+    if len(cfg.periods) < cfg.levels or cfg.cms == "outer" and len(cfg.outer_periods) < cfg.levels:
+        raise UserError(f"--cms-levels {cfg.levels} needs that many --periods and --outer-periods")
+    periods = cfg.periods[:cfg.levels]
+    if any(p % periods[0] or p < periods[0] for p in periods) and cfg.cms == "context":
+        raise UserError(f"--periods {cfg.periods}: each must be a multiple of the first")
+    if cfg.cms == "context" and cfg.levels and ddp.world > 1 and cfg.shard == "fsdp2":
+        raise UserError("--cms context keeps a copy of the weights a sequence; use --shard ddp or zero1")
+    for T in cfg.curriculum or ():
+        if cfg.batch * cfg.length % T:
+            raise UserError(f"--curriculum {T}: {cfg.batch} rows of {cfg.length} make no whole row")
+    if cfg.task == "recall" and cfg.length < 64:
+        raise UserError("--task recall needs --length 64 or more")
 
 
 def estimate(cfg, P):

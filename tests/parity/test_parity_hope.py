@@ -123,7 +123,8 @@ def test_context_and_continuation_split_like_the_harness(context, continuation):
     class Encoder(TemplateLM):
         eot_token_id, prefix_token_id, backend = bpe.eos, bpe.eos, "causal"
         tok_encode = lambda self, text, *_, **__: bpe.encode(text)     # noqa: E731
-        loglikelihood_rolling = generate_until = _loglikelihood_tokens = lambda self, *a, **k: None   # noqa: E731
+        loglikelihood_rolling = generate_until = lambda self, *a, **k: None     # noqa: E731
+        _loglikelihood_tokens = loglikelihood_rolling
     assert Scorer(Toy(), bpe, 256).split(context, continuation) == tuple(Encoder()._encode_pair(context,
                                                                                                 continuation))
 
