@@ -114,7 +114,7 @@ def official(folder):
                                    tx=optax.adamw(1e-6, b1=0.9, b2=0.95, weight_decay=0.01))]
     pos, unc = map(jnp.asarray, real_images())
     fast = jax.jit(partial(
-        train.train_step, rng_init=key, learning_rate_fn=lambda i: 1e-6, feature_apply=features,
+        train.train_step, rng_init=key, learning_rate_fn=lambda i: jnp.float32(1e-6), feature_apply=features,
         gen_per_label=s["gen"], neg_cfg_pw=3.0, loss_kwargs=dict(R_list=(0.2, 0.05, 0.02))))
 
     def step():

@@ -714,17 +714,27 @@ def test_stopping_the_encoder_is_bit_exact_too(images, tmp_path):
     assert all(torch.equal(first[k], again[k]) for k in first)
 
 
-def test_two_processes_under_torchrun_train_and_resume(images, straight, tmp_path):
-    cfg = dataclasses.replace(straight, out=str(tmp_path / "two"), then_evaluate=False, steps=2,
-                              mae=straight.out + "/mae/mae.safetensors")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", "29731",
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_two_processes_under_torchrun_train_and_resume(images, straight, how, tmp_path):
+    """Encoder and generator, whole on each rank or cut over both; the second call continues the first."""
+    cfg = dataclasses.replace(straight, out=str(tmp_path / "two"), then_evaluate=False, steps=2, shard=how,
+                              save_every=1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
                "drift_latent.py", "train", *flags(cfg)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180,
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     newest = tmp_path / "two" / "ckpt" / "00000002"
     banks = [(newest / f"bank.rank{r}.safetensors").read_bytes() for r in (0, 1)]
-    assert banks[0] != banks[1]
+    assert banks[0] != banks[1] and (newest / "net.rank1.safetensors").exists() == (how == "fsdp2")
+    whole = weights(cfg.out)
+    shutil.rmtree(newest)                                       # nothing is left of step 2 but its weights
+    for name in whole:
+        (tmp_path / "two" / name).unlink()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert same(weights(cfg.out), whole)
 
 
 def test_sampling_reads_its_shapes_from_the_weights_and_refuses_others(straight, monkeypatch):
