@@ -249,8 +249,8 @@ class ViT(Backbone):
     rope_stretch: in train() mode positions are scaled by one log-uniform factor from [1/s, s] per call.
     """
 
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
+    def __init__(self, *sizes, **more):
+        super().__init__(*sizes, **more)
         self.rope_stretch = None
         self.embeddings.mask_token = nn.Parameter(torch.zeros(1, 1, self.D))
 

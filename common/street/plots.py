@@ -20,7 +20,8 @@ def roc_curve(prob, label, points=None):
     rates = fp / max(fp[-1], 1), tp / max(tp[-1], 1)
     series = {f"AUC {roc_auc(prob, label):.3f}": tuple(np.r_[0, r] for r in rates),
               "chance": ([0, 1], [0, 1])}
-    series |= {name: ([x], [y]) for name, (x, y) in (points or {}).items()}
+    arm = np.array([-0.015, 0.015, 0, 0, 0]), np.array([0, 0, 0, -0.015, 0.015])            # a cross
+    series |= {name: (x + arm[0], y + arm[1]) for name, (x, y) in (points or {}).items()}
     return draw.lines(series, title="ROC", xlabel="false positive rate", ylabel="true positive rate",
                       size=(560, 520))
 
@@ -53,17 +54,18 @@ def wilson(rate, n, level=0.95):
 
 def reliability_diagram(before, after, label, bins=15):
     """Share of positives against probability before and after calibration, Wilson bands, histogram below."""
-    series = {"ideal": ([0, 1], [0, 1])}
+    curves, shares, edges = {}, {}, np.linspace(0, 1, bins + 1)
     for name, prob in (("before", before), ("after", after)):
         table = reliability(prob, label, bins)
         keep = table["count"] > 0
         low, high = wilson(table["label"][keep], table["count"][keep])
-        series[name] = (table["prob"][keep], table["label"][keep], low, high)
-    top = draw.lines(series, title="reliability", xlabel="probability", ylabel="share of roadwork",
-                     size=(640, 420))
-    return draw.sheet([top, draw.hist({"before": before, "after": after}, bins, xlabel="probability",
-                                      size=(640, 240))],
-                      columns=1)
+        curves[name] = (table["prob"][keep], table["label"][keep], low, high)
+        share = table["count"] / len(prob)
+        shares[name] = (np.repeat(edges, 2), np.r_[0, np.repeat(share, 2), 0])
+    top = draw.lines(curves | {"ideal": ([0, 1], [0, 1])}, title="reliability, Wilson 95 % bands",
+                     xlabel="probability", ylabel="share of roadwork", size=(640, 420))
+    below = draw.lines(shares, xlabel="probability", ylabel="share of images", size=(640, 240))
+    return draw.sheet([top, below], columns=1)
 
 
 def risk_coverage(prob, label, threshold, operating=None):
