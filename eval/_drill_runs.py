@@ -173,8 +173,12 @@ class Script:
         )
         self.train = TRAIN.get(name, "train")
 
+    def log_of(self, out):
+        """Where a run says things: not inside it, and not on its disk."""
+        return self.folder / f"{Path(out).name}.log"
+
     def start(self, out, command=None, ranks=1):
-        """Fork the ranks of a command -> their pids; what they say goes to OUT.log."""
+        """Fork the ranks of a command -> their pids; what they say goes to log_of(out)."""
         port, pids = free_port(), []
         for rank in range(ranks):
             pid = os.fork()
@@ -187,7 +191,7 @@ class Script:
         status = 1
         try:
             os.setpgid(0, 0)
-            log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            log = os.open(self.log_of(out), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
@@ -213,9 +217,9 @@ class Script:
 
     def run(self, out, command=None, ranks=1):
         """(exit status of rank 0, what was said); status None when it hung."""
-        Path(f"{out}.log").unlink(missing_ok=True)
+        self.log_of(out).unlink(missing_ok=True)
         status = wait(self.start(out, command, ranks))
-        return status, Path(f"{out}.log").read_text(errors="replace")
+        return status, self.log_of(out).read_text(errors="replace")
 
 
 def free_port():
@@ -406,7 +410,7 @@ def full_disk(script, seed):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pids[0], signal.SIGCONT)
         status = wait(pids) if alive(pids) else 0
-        said = Path(f"{out}.log").read_text(errors="replace") if Path(f"{out}.log").exists() else ""
+        said = script.log_of(out).read_text(errors="replace")
         broken = [
             f"{c.name}: {bad[0]}"
             for c in sorted(out.rglob("ckpt/*"))
@@ -436,7 +440,7 @@ def twice(script, seed):
         time.sleep(0.001)
     with contextlib.suppress(ProcessLookupError):
         os.kill(first[0], signal.SIGSTOP)  # so that it is still there when the second one comes
-    os.rename(f"{out}.log", f"{out}.first.log")
+    script.log_of(out).rename(script.folder / "first.log")
     second, said = script.run(out)
     with contextlib.suppress(ProcessLookupError):
         os.kill(first[0], signal.SIGCONT)
