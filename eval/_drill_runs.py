@@ -405,12 +405,15 @@ def full_disk(script, seed):
             shutil.rmtree(out, ignore_errors=True)
             script.log_of(out).unlink(missing_ok=True)
             pids, end = script.start(out), time.time() + TIMEOUT_S
-            while not any(p.name.isdigit() for p in out.rglob("ckpt/*")) and alive(pids) and time.time() < end:
+            saved = lambda: any(p.name.isdigit() for p in out.rglob("ckpt/*"))                     # noqa: E731
+            while not saved() and alive(pids) and time.time() < end:
                 time.sleep(0.001)
             if alive(pids):
                 os.kill(pids[0], signal.SIGSTOP)
                 break
             wait(pids)
+        else:
+            return dict(skipped="the run ended before the disk could be filled, five times")
         with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(4096))

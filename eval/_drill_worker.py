@@ -72,8 +72,9 @@ def judged(call, says, wrong=lambda value: None):
         return f"refused: {error}"
     except MemoryError as error:
         return f"MEMORY: {where(error)}"
-    except OSError as error:                    # run.main prints these as one line too: a file that is not there
-        return f"refused: {error}" if error.errno in USER_ERRNO else f"TRACEBACK: {where(error)}: {error}"
+    except OSError as error:                    # run.main prints some as one line: a file that is not there
+        known = error.errno in USER_ERRNO
+        return f"refused: {error}" if known else f"TRACEBACK: {where(error)}: {error}"
     except Exception as error:
         if "allocate memory" in str(error):
             return f"MEMORY: {where(error)}"
