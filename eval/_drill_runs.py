@@ -118,7 +118,8 @@ TINY = {
         data="DATA",
     ),
     "beta_vae_arc": dict(
-        preset="smoke", width=16, prior_width=16, prior_depth=1, bf16=False, steps=8, batch=8, n=200, warmup=2
+        preset="smoke", width=16, prior_width=16, prior_depth=1, bf16=False, steps=30, batch=8, n=200,
+        warmup=2
     ),
     "streetvision": dict(
         preset="smoke",
@@ -405,7 +406,7 @@ def full_disk(script, seed):
             shutil.rmtree(out, ignore_errors=True)
             script.log_of(out).unlink(missing_ok=True)
             pids, end = script.start(out), time.time() + TIMEOUT_S
-            saved = lambda: any(p.name.isdigit() for p in out.rglob("ckpt/*"))                     # noqa: E731
+            saved = lambda: any(p.name.isdigit() for p in out.rglob("ckpt/*"))  # noqa: E731
             while not saved() and alive(pids) and time.time() < end:
                 time.sleep(0.001)
             if alive(pids):
