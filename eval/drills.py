@@ -9,6 +9,7 @@ twice    two processes on one run directory: the second is refused
 Each writes OUT/NAME.json: machine, versions, seed, n, counts, failures.  --quick is a sample for CI.
 """
 
+import json
 import os
 import sys
 import tempfile
@@ -16,8 +17,6 @@ import time
 from pathlib import Path
 
 import torch
-
-import json
 
 from common.ckpt import write_atomic
 from common.run import UserError, unknown
