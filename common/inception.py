@@ -207,7 +207,7 @@ class InceptionV3(nn.Module):
             except Exception as error:
                 raise ValueError(f"{path} is not a plain state dict; "
                                  "pt_inception-2015-12-05-6726825d.pth is one "
-                                 f"({str(error).splitlines()[0][:80]})") from error
+                                 f"({(str(error) or type(error).__name__).splitlines()[0][:80]})") from error
         state = {key: value for key, value in state.items() if not key.startswith("AuxLogits.")}
         classes = state["fc.weight"].shape[0] if "fc.weight" in state else None
         if classes == 1000 and not imagenet:

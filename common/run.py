@@ -79,7 +79,7 @@ USER_ERRNO = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC
 
 def _leave(status, line):
     """One line on stderr, then exit.  Under torchrun rank 0 speaks for all, others only when it lives on."""
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt, OSError):       # stderr may lie on the disk that is full
         if int(os.environ.get("RANK", 0)):
             time.sleep(3)                       # torchrun ends this process first when rank 0 failed too
         print(f"{script_name()}: {' '.join(line.split())}", file=sys.stderr, flush=True)

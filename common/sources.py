@@ -202,6 +202,8 @@ def open_shards(path):
     tells, and rebuilt when missing or stale.
     """
     files = [path] if path.is_file() else sorted(path.glob("*.tar"))
+    if not files:
+        raise UserError(f"no tar shards at {path}")
     if (files[0].parent / "unfinished.json").exists():
         raise UserError(f"the shards in {files[0].parent} are unfinished; run prepare again")
     rows, used, damaged = [], [], []

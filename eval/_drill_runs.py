@@ -118,7 +118,8 @@ TINY = {
         data="DATA",
     ),
     "beta_vae_arc": dict(
-        preset="smoke", width=16, prior_width=16, prior_depth=1, bf16=False, steps=8, batch=8, n=200, warmup=2
+        preset="smoke", width=16, prior_width=16, prior_depth=1, bf16=False, steps=30, batch=8, n=200,
+        warmup=2
     ),
     "streetvision": dict(
         preset="smoke",
@@ -173,8 +174,12 @@ class Script:
         )
         self.train = TRAIN.get(name, "train")
 
+    def log_of(self, out):
+        """Where a run says things: not inside it, and not on its disk."""
+        return self.folder / f"{Path(out).name}.log"
+
     def start(self, out, command=None, ranks=1):
-        """Fork the ranks of a command -> their pids; what they say goes to OUT.log."""
+        """Fork the ranks of a command -> their pids; what they say goes to log_of(out)."""
         port, pids = free_port(), []
         for rank in range(ranks):
             pid = os.fork()
@@ -187,7 +192,7 @@ class Script:
         status = 1
         try:
             os.setpgid(0, 0)
-            log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            log = os.open(self.log_of(out), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
@@ -213,9 +218,9 @@ class Script:
 
     def run(self, out, command=None, ranks=1):
         """(exit status of rank 0, what was said); status None when it hung."""
-        Path(f"{out}.log").unlink(missing_ok=True)
+        self.log_of(out).unlink(missing_ok=True)
         status = wait(self.start(out, command, ranks))
-        return status, Path(f"{out}.log").read_text(errors="replace")
+        return status, self.log_of(out).read_text(errors="replace")
 
 
 def free_port():
@@ -251,7 +256,9 @@ def kill(pids):
 
 
 def alive(pids):
-    return all(os.waitpid(pid, os.WNOHANG)[0] == 0 for pid in pids)
+    """True while every one of them runs; asks without reaping."""
+    look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    return all(os.waitid(os.P_PID, pid, look) is None for pid in pids)
 
 
 def tensors_of(out):
@@ -395,18 +402,26 @@ def full_disk(script, seed):
     try:
         script.run(script.folder / "roomy")
         out = disk / "run"
-        pids, end = script.start(out), time.time() + TIMEOUT_S
-        while not any(p.name.isdigit() for p in out.rglob("ckpt/*")) and alive(pids) and time.time() < end:
-            time.sleep(0.001)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pids[0], signal.SIGSTOP)
+        for _ in range(5):                      # a busy machine may let a tiny run end before it is stopped
+            shutil.rmtree(out, ignore_errors=True)
+            script.log_of(out).unlink(missing_ok=True)
+            pids, end = script.start(out), time.time() + TIMEOUT_S
+            saved = lambda: any(p.name.isdigit() for p in out.rglob("ckpt/*"))  # noqa: E731
+            while not saved() and alive(pids) and time.time() < end:
+                time.sleep(0.001)
+            if alive(pids):
+                os.kill(pids[0], signal.SIGSTOP)
+                break
+            wait(pids)
+        else:
+            return dict(skipped="the run ended before the disk could be filled, five times")
         with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(4096))
         with contextlib.suppress(ProcessLookupError):
             os.kill(pids[0], signal.SIGCONT)
-        status = wait(pids) if alive(pids) else 0
-        said = Path(f"{out}.log").read_text(errors="replace") if Path(f"{out}.log").exists() else ""
+        status = wait(pids)
+        said = script.log_of(out).read_text(errors="replace")
         broken = [
             f"{c.name}: {bad[0]}"
             for c in sorted(out.rglob("ckpt/*"))
@@ -436,7 +451,7 @@ def twice(script, seed):
         time.sleep(0.001)
     with contextlib.suppress(ProcessLookupError):
         os.kill(first[0], signal.SIGSTOP)  # so that it is still there when the second one comes
-    os.rename(f"{out}.log", f"{out}.first.log")
+    script.log_of(out).rename(script.folder / "first.log")
     second, said = script.run(out)
     with contextlib.suppress(ProcessLookupError):
         os.kill(first[0], signal.SIGCONT)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common.run import USER_ERRNO
+
 GIB = 1 << 30
 LIMIT_S = 60  # without a word for so long, a worker hangs
 
@@ -70,6 +72,9 @@ def judged(call, says, wrong=lambda value: None):
         return f"refused: {error}"
     except MemoryError as error:
         return f"MEMORY: {where(error)}"
+    except OSError as error:                    # run.main prints some as one line: a file that is not there
+        known = error.errno in USER_ERRNO
+        return f"refused: {error}" if known else f"TRACEBACK: {where(error)}: {error}"
     except Exception as error:
         if "allocate memory" in str(error):
             return f"MEMORY: {where(error)}"

@@ -9,6 +9,7 @@ twice    two processes on one run directory: the second is refused
 Each writes OUT/NAME.json: machine, versions, seed, n, counts, failures.  --quick is a sample for CI.
 """
 
+import json
 import os
 import sys
 import tempfile
@@ -16,8 +17,6 @@ import time
 from pathlib import Path
 
 import torch
-
-import json
 
 from common.ckpt import write_atomic
 from common.run import UserError, unknown
@@ -46,7 +45,7 @@ def over(names, drill):
     return found
 
 
-def kill(scripts, quick, seed):
+def kill(scripts, quick, seed, fuzz):
     share = 2 if quick else -(-50 // (len(scripts) + len(TWO_RANKS)))
     one = over(scripts, lambda s: _drill_runs.killed(s, share, 1, seed))
     two = (
@@ -57,20 +56,20 @@ def kill(scripts, quick, seed):
     return {**one, **{f"{name}, two ranks": record for name, record in two.items()}}
 
 
-def damage(scripts, quick, seed):
+def damage(scripts, quick, seed, fuzz):
     runs = over(scripts, lambda s: _drill_runs.damaged(s, 8 if quick else 10_000, seed))
     return {**runs, **_drill_inputs.damage(READERS, 1 if quick else 3, seed)}
 
 
-def hostile(scripts, quick, seed):
-    return _drill_inputs.hostile(READERS, 40 if quick else 10_000, seed)
+def hostile(scripts, quick, seed, fuzz):
+    return _drill_inputs.hostile(READERS, min(fuzz, 40) if quick else fuzz, seed)
 
 
-def disk(scripts, quick, seed):
+def disk(scripts, quick, seed, fuzz):
     return over(scripts, lambda s: _drill_runs.full_disk(s, seed))
 
 
-def twice(scripts, quick, seed):
+def twice(scripts, quick, seed, fuzz):
     return over(scripts, lambda s: _drill_runs.twice(s, seed))
 
 
@@ -83,6 +82,7 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="a sample of each, under a minute")
     parser.add_argument("--scripts", help="comma-separated; all by default, with --quick drift_toy")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fuzz", type=int, default=10_000, help="fuzzed inputs a reader [10000]")
     parser.add_argument("--out", type=Path, help="folder of the JSON [docs/drills, with --quick none]")
     args = parser.parse_args(argv)
     there = [name for name in SCRIPTS if (ROOT / f"{name}.py").is_file()]
@@ -96,7 +96,7 @@ def main(argv=None):
     for name in args.names or DRILLS:
         began, env = time.time(), environment(ROOT)
         print(f"== {name}", flush=True)
-        cases = DRILLS[name](scripts, args.quick, args.seed)
+        cases = DRILLS[name](scripts, args.quick, args.seed, args.fuzz)
         total = {
             key: sum(c.get(key, 0) for c in cases.values())
             for key in ("kills", "cases", "fuzzed", "crafted", "recovered", "refused", "read", "failed")

@@ -126,7 +126,7 @@ def blocks(rows, silent, mfu, price):
     """{marked block of docs/scale.md: text}."""
     every = f"Plans without a FLOP count: {', '.join(map(' '.join, silent))}." if silent else ""
     assume = (f"Assumed: {mfu:.0%} of {PEAK / 1e12:.0f} TFLOP/s a GPU (H100 and H200 alike; no GPU was "
-              f"measured for this table), {LINK / 1e9:.0f} GB/s between nodes a GPU, {price} dollars an hour. "
+              f"measured here), {LINK / 1e9:.0f} GB/s between nodes a GPU, {price} dollars an hour. "
               f"Large means more than {LARGE:.0e} FLOPs. {every}")
     cost = markdown_table(
         [

@@ -296,3 +296,27 @@ def test_a_packed_script_runs_in_another_folder(path, tmp_path):
         assert list((tmp_path / "out").rglob("*.safetensors"))
     else:
         assert "presets" in done.stdout
+
+
+def test_the_drills_find_what_they_look_for(tmp_path):
+    """A drill that cannot fail proves nothing: give each guard a reader that does the wrong thing."""
+    from eval._drill_worker import bad, guarded, harm, judged, rng_of
+    import time
+    deeds = [lambda: "fine", lambda: {}["x"], lambda: os.kill(os.getpid(), 9), lambda: bytearray(3 << 30),
+             lambda: time.sleep(1e9)]
+    import eval._drill_worker as worker
+    before, worker.LIMIT_S = worker.LIMIT_S, 5
+    try:
+        said = dict(guarded(lambda i: judged(deeds[i], (ValueError,)), 0, len(deeds)))
+    finally:
+        worker.LIMIT_S = before
+    assert [bad(said[i]) for i in range(5)] == [False, True, True, True, True], said
+    assert "KeyError" in said[1] and "-9" in said[2] and "MEMORY" in said[3] and said[4] == "hang"
+    assert judged(lambda: 1, (), lambda value: value != 2 and "one").startswith("WRONG")
+    path = tmp_path / "a"
+    for kind, check in (("flip", lambda b: len(b) == 8 and any(b)), ("truncate", lambda b: len(b) < 8)):
+        path.write_bytes(bytes(8))
+        harm(path, kind, rng_of(0))
+        assert check(path.read_bytes())
+    harm(path, "delete", rng_of(0))
+    assert not path.exists()

@@ -161,7 +161,7 @@ def _torch(path):
     try:
         tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        line = str(error).splitlines()[0][:160]
+        line = (str(error) or type(error).__name__).splitlines()[0][:160]
         raise UserError(f"{path}: not a plain PyTorch weight file: {line}") from None
     for key in ("ema", "state_dict", "model"):  # training checkpoints: the averaged weights first
         tree = tree[key] if isinstance(tree, dict) and isinstance(tree.get(key), dict) else tree
