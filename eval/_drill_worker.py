@@ -13,7 +13,7 @@ import numpy as np
 from common.run import USER_ERRNO
 
 GIB = 1 << 30
-LIMIT_S = 60  # without a word for so long, a worker hangs
+LIMIT_S = 180  # without a word for so long, a worker hangs
 
 
 def guarded(work, start, stop, limit=GIB):
