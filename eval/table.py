@@ -7,6 +7,7 @@ the marked blocks of docs/evidence.md, deviations.md and decisions.md.  A preset
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from common.run import UserError
 from eval._evidence import write_docs
 from eval._shared import (ROOT, Parser, changed, cli, duration, experiments, find_runs, last_scores,
                           markdown_table, replace_block)
+
 
 def result(run, experiment):
     """One run as a flat record, ready for docs/results.json."""
@@ -65,6 +67,26 @@ def ours(row, keys):
     return text + (f" ({', '.join(notes)})" if notes else "")
 
 
+def seeds(rows):
+    """Runs that differ in nothing but their seed, as one: mean scores, the spread among the notes."""
+    names = [k for k in rows[0]["scores"] if all(isinstance(r["scores"].get(k), (int, float)) for r in rows)]
+    values = {k: [r["scores"][k] for r in rows] for k in names}
+    spread = max(names, key=lambda k: (max(values[k]) - min(values[k])) / (abs(max(values[k])) or 1))
+    note = f"mean of {len(rows)} seeds; {spread} {number(min(values[spread]))} to {number(max(values[spread]))}"
+    return dict(rows[0], scores={k: statistics.mean(v) for k, v in values.items()},
+                notes=[*rows[0]["notes"], note], time_s=statistics.median(r["time_s"] for r in rows))
+
+
+def first_screen(rows, keys):
+    """The runs of one preset that the README shows: the preset as it is, over its seeds; else what was changed.
+
+    docs/results.json keeps them all.
+    """
+    plain = [dict(r, scores={k: v for k, v in r["scores"].items() if k in keys or not keys})
+             for r in rows if not r["changed"]]
+    return [seeds(plain)] if len(plain) > 1 else plain or rows
+
+
 def table(found, rows):
     """The table of the README's first screen, in Markdown."""
     lines = []
@@ -77,7 +99,7 @@ def table(found, rows):
             if goal:
                 wanted = "no paper; goal " + ", ".join(f"{k} {v}" for k, v in goal.items())
             source = f"{paper(e)}, {preset['paper']}" if preset.get("paper", "-") != "-" else paper(e)
-            for r in mine:
+            for r in first_screen(mine, {**expect, **goal}):
                 other = ", ".join(f"{k}={v}" for k, v in list(r["changed"].items())[:4])
                 lines.append([f"{e.name}.py", source, name + (f" with {other}" if other else ""), wanted,
                               ours(r, expect or goal), f"{r['hardware']}, {duration(r['time_s'])}"])
