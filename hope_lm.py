@@ -28,7 +28,6 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -498,7 +497,7 @@ class Hope(nn.Module):
         B, T = z.shape[0], z.shape[3]
         maps = state.get("maps") or (self.maps and self.maps.start(B))
         gates = state.get("gates") or (self.gates and self.gates.start(B))
-        index, made, done = ["qkv".index(n) for n in self.names], [], 0
+        index, made = ["qkv".index(n) for n in self.names], []
         room = [m.room(s) for m, s in ((self.maps, maps), (self.gates, gates)) if m is not None]
         sizes = pieces(T, min(room), self.maps.chunk if self.maps else self.gates.chunk) if room else [T]
         cutting = [[None] * len(sizes) if t is None else t.split(sizes, 3) for t in (z, slow, log_mom)]
@@ -652,7 +651,7 @@ class LM(nn.Module):
         return dict(at=0, blocks=[dict(fast=block.cms.start(B)) if fast else {} for block in self.blocks])
 
     def forward(self, tokens_BT, state=None):
-        x, blocks, gates = F.embedding(tokens_BT, self.embed), [], []
+        x, blocks = F.embedding(tokens_BT, self.embed), []
         for i, block in enumerate(self.blocks):
             past = {} if state is None else state["blocks"][i]
             again = self.cfg.remat == "block" and self.training

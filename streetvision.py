@@ -16,7 +16,6 @@ B batch  N samples  V views of a sample  D width  F features  H heads  L tokens 
 
 import collections
 import copy
-import dataclasses
 import json
 import math
 import shutil

@@ -13,7 +13,6 @@ import json
 import struct
 import tarfile
 import typing
-from pathlib import Path
 
 import numpy as np
 import torch

@@ -13,7 +13,6 @@ over memory twice as often.
 C tokens of a chunk  O, I rows out, in
 """
 
-import math
 from typing import NamedTuple
 
 import torch
