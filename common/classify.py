@@ -243,7 +243,7 @@ def binary_metrics(prob_N, label_N, threshold=0.5, bins=15):
     tied = len(edge) <= len(p)
     stop = edge[np.searchsorted(edge, positive, "right")]   # first item below the group of each positive
     start = edge[np.searchsorted(edge, positive, "right") - 1]
-    below, above = np.searchsorted(positive, stop), np.searchsorted(positive, start)   # the same among positives
+    below, above = np.searchsorted(positive, stop), np.searchsorted(positive, start)    # among positives
     confidence, right = _top(p, y)
     wide, mass = (_bins(p, bins, kind) for kind in ("width", "mass"))
     gap = (y - p)[:, None]
@@ -257,7 +257,7 @@ def binary_metrics(prob_N, label_N, threshold=0.5, bins=15):
     def measure(weight_BN=None):
         if weight_BN is None:
             return {name: float(value[0]) for name, value in measure(np.ones((1, len(p)))).items()}
-        w_NB = np.ascontiguousarray(np.asarray(weight_BN).T, np.float64)[order]     # items first: rows add up fast
+        w_NB = np.ascontiguousarray(np.asarray(weight_BN).T, np.float64)[order]     # rows add up fast
         total = w_NB.sum(0)
         count, loss, wide, in_wide, mass, top = np.split((matrix_CN @ w_NB).T, cuts, 1)
         tp, tn, fp, fn = count.T

@@ -31,7 +31,7 @@ def rope_table(rows, cols, head_dim, theta=100., stretch=1.):
 
 def rotate(t_BHLK, cos_PK, sin_PK):
     """Rotary embedding t cos + [-second half, first half] sin of the last P tokens; class and register tokens
-    have no place.  Written as two passes over t: the sign sits in the table, the halves change places by roll.
+    have no place.  Written as two passes over t: the sign sits in the table, roll swaps the halves.
     """
     skip, half = t_BHLK.shape[2] - len(cos_PK), cos_PK.shape[1] // 2
     sin_PK = torch.cat([-sin_PK[:, :half], sin_PK[:, half:]], 1)

@@ -117,7 +117,7 @@ def init(device="auto"):
 
 
 def keep_freed_memory():
-    """Let glibc keep what tensors free for the next ones: a page handed back costs a fault a step when it returns."""
+    """Let glibc keep what tensors free for the next ones: a page that was handed back costs a fault."""
     with contextlib.suppress(OSError, AttributeError):      # not glibc: its allocator stays as it is
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)                           # M_MMAP_THRESHOLD

@@ -46,7 +46,8 @@ class Log:
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.out / ".lock", "w")
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # lockf, not flock: workers forked by a run that was killed outlive it, and must not hold this
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{self.out} is in use by another process; wait for it or choose another --out"
                             ) from None

@@ -72,13 +72,14 @@ def seeds(rows):
     names = [k for k in rows[0]["scores"] if all(isinstance(r["scores"].get(k), (int, float)) for r in rows)]
     values = {k: [r["scores"][k] for r in rows] for k in names}
     spread = max(names, key=lambda k: (max(values[k]) - min(values[k])) / (abs(max(values[k])) or 1))
-    note = f"mean of {len(rows)} seeds; {spread} {number(min(values[spread]))} to {number(max(values[spread]))}"
+    low, high = (number(f(values[spread])) for f in (min, max))
+    note = f"mean of {len(rows)} seeds; {spread} {low} to {high}"
     return dict(rows[0], scores={k: statistics.mean(v) for k, v in values.items()},
                 notes=[*rows[0]["notes"], note], time_s=statistics.median(r["time_s"] for r in rows))
 
 
 def first_screen(rows, keys):
-    """The runs of one preset that the README shows: the preset as it is, over its seeds; else what was changed.
+    """The runs of one preset that the README shows: the preset itself, over its seeds; else what was changed.
 
     docs/results.json keeps them all.
     """

@@ -130,6 +130,7 @@ FOR_IMPORTERS = {
     "common/street/conformal.py crc_threshold",
     "common/street/adapters.py apply_adapters",
     "common/data.py ClassOrder",
+    "common/draw.py hist",
 }
 
 
@@ -166,7 +167,8 @@ def test_every_flag_is_read_by_some_code(path):
 
 # --- one place for one thing ---------------------------------------------------------
 
-ASKS = {"common/run.py", "common/runlog.py", "common/data.py"}  # chooses, records, pins memory
+ASKS = {"common/run.py", "common/runlog.py", "common/data.py",      # chooses, records, pins memory
+        "common/drift/plans.py", "common/t2i/studio.py"}             # how large a card is, which kernels
 
 
 def test_the_device_is_chosen_in_one_place():

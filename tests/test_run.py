@@ -77,7 +77,8 @@ def test_a_config_file_stands_between_preset_and_flags(tmp_path):
 
 @pytest.mark.parametrize("content, says", [
     (dict(stepz=3), "did you mean 'steps'"), (dict(steps="3"), 'steps takes int, not "3"'),
-    (dict(steps=True), "steps takes int, not true"), (dict(limit=1.5), "limit takes int or NoneType, not 1.5"),
+    (dict(steps=True), "steps takes int, not true"),
+    (dict(limit=1.5), "limit takes int or NoneType, not 1.5"),
     (dict(mode="z"), "mode in"), ([1], "expected a JSON object"), ("{", "not JSON")])
 def test_a_wrong_config_file_is_named(tmp_path, content, says):
     with pytest.raises(run.UserError, match=says):
@@ -279,11 +280,30 @@ def test_another_config_in_the_same_directory_is_refused(tmp_path):
 
 
 def test_two_processes_on_one_run_directory_are_refused(tmp_path):
+    hold = ("import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+            "print(flush=True); input()")
+    other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / ".lock")], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
+    other.stdout.readline()
     cfg = parse("--out", str(tmp_path))[1]
-    log = run.Log(cfg, ONE)
     with pytest.raises(run.UserError, match="in use by another process"):
         run.Log(cfg, ONE)
-    log.finish()
+    other.communicate(b"\n")
+    run.Log(cfg, ONE).finish()
+
+
+def test_workers_that_outlive_a_killed_run_do_not_hold_its_directory(tmp_path):
+    log = run.Log(parse("--out", str(tmp_path))[1], ONE)
+    if not (child := os.fork()):                                # as a loader's worker is made
+        time.sleep(60)
+        os._exit(0)
+    log.lock.close()                                            # what the kernel does for the killed parent
+    free = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    try:
+        assert subprocess.run([sys.executable, "-c", free, str(tmp_path / ".lock")]).returncode == 0
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_too_little_disk_is_refused_before_anything_is_written(tmp_path):
