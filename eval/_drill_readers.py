@@ -333,7 +333,7 @@ def make_t5(folder):
 
 
 def read_t5(folder):
-    return [x.tolist() for x in t5.T5Tokenizer(folder)(["the cat"], 8, warn=False)]
+    return [x.tolist() for x in t5.T5Tokenizer(folder)(["the cat"], 8)]
 
 
 def make_spiece(folder):
