@@ -103,7 +103,10 @@ def survey(root, mfu, price):
             continue
         module = load(path)
         for preset in module.PRESETS:
-            found, cfg = plan(path, module, preset)
+            try:
+                found, cfg = plan(path, module, preset)
+            except run.UserError:               # ten labels a step do not divide over eight ranks: not large
+                found, cfg = plan(path, module, preset, ranks=1)
             if not found["flops_per_step"] or not found["steps"]:
                 silent.append((name, preset))
             elif found["flops_per_step"] * found["steps"] > LARGE:
