@@ -8,7 +8,7 @@ N items  B resamples  C columns  K classes  T thresholds
 """
 
 import numpy as np
-from scipy.special import ndtr, ndtri
+import scipy
 
 
 def _check(prob, label, binary=True):
@@ -327,8 +327,8 @@ def bootstrap(statistic, n, group=None, resamples=2000, level=0.95, method="perc
 def _bca(tail, sample, value, jackknife):
     """Quantiles that replace `tail` (Efron 1987): z0 is the bias of the resamples, a the jackknife's skew."""
     below = (np.mean(sample < value) + np.mean(sample <= value)) / 2
-    z0 = ndtri(np.clip(below, 0.5 / len(sample), 1 - 0.5 / len(sample)))
+    z0 = scipy.special.ndtri(np.clip(below, 0.5 / len(sample), 1 - 0.5 / len(sample)))
     d = np.nanmean(jackknife) - jackknife
     a = _ratio(np.nansum(d ** 3), 6 * np.nansum(d ** 2) ** 1.5)
-    z = z0 + ndtri(tail)
-    return ndtr(z0 + z / (1 - a * z))
+    z = z0 + scipy.special.ndtri(tail)
+    return scipy.special.ndtr(z0 + z / (1 - a * z))

@@ -19,7 +19,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from scipy.io import loadmat
+import scipy
 
 from common.archive import Tape, read_at, walk
 from common.flags import UserError
@@ -200,7 +200,7 @@ def read_devkit(path, limit=256 << 20):
         found = {Path(name).name: data[offset:offset + size]
                  for name, offset, size in walk(Tape(file.fileno(), 0, len(data)), path.name)}
     try:
-        rows = np.atleast_1d(loadmat(io.BytesIO(found["meta.mat"]), squeeze_me=True)["synsets"])
+        rows = np.atleast_1d(scipy.io.loadmat(io.BytesIO(found["meta.mat"]), squeeze_me=True)["synsets"])
         wnid = {int(row[0]): str(row[1]) for row in rows if int(row[4]) == 0}
         numbers = [int(line) for line in found["ILSVRC2012_validation_ground_truth.txt"].split()]
         classes = sorted(wnid.values())

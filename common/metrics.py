@@ -14,8 +14,8 @@ import warnings
 import zipfile
 
 import numpy as np
+import scipy
 import torch
-from scipy.linalg.lapack import dpstrf
 
 # One import for every measure; these names are defined elsewhere.
 from common.classify import (average_precision, binary_metrics, bootstrap, brier_score,  # noqa: F401
@@ -38,7 +38,7 @@ def _factor(cov):
     in accuracy, and small eigenvalues keep their relative precision. Statistics stored in float32 may be
     slightly indefinite, where Cholesky means nothing: then negative eigenvalues are clipped instead.
     """
-    packed, pivot, rank, _ = dpstrf(cov, lower=1)
+    packed, pivot, rank, _ = scipy.linalg.lapack.dpstrf(cov, lower=1)
     L = np.empty((len(cov), rank))
     L[pivot - 1] = np.tril(packed)[:, :rank]
     if rank < len(cov) and np.linalg.norm(cov - L @ L.T) > 1e-9 * np.linalg.norm(cov):

@@ -4,7 +4,7 @@ Each family paints on g [h, w] in place, with colours from ink and the parameter
 """
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 OUTSIDE = 10                                    # here: a cell a sprite leaves clear
 
@@ -67,7 +67,7 @@ def flood(g, rng, ink, block):
     """Fill connected regions of one colour, as a paint bucket does."""
     for _ in range(rng.integers(1, 4)):
         y, x = rng.integers(0, g.shape[0]), rng.integers(0, g.shape[1])
-        region, _ = ndimage.label(g == g[y, x])
+        region, _ = scipy.ndimage.label(g == g[y, x])
         g[region == region[y, x]] = rng.choice(ink)
 
 

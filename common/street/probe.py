@@ -6,10 +6,9 @@ is worth: the same probe on the backbone before and after it.
 """
 
 import numpy as np
+import scipy
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize
-from scipy.special import expit
 from torch import nn
 
 from common import images, run
@@ -40,10 +39,10 @@ def logistic(f_NF, label_N, decay):
 
     def loss(w):
         z = f_NF @ w[:-1] + w[-1]
-        slope = (expit(z) - y) / len(y)
+        slope = (scipy.special.expit(z) - y) / len(y)
         value = np.mean(np.logaddexp(0, z) - y * z) + decay * (w[:-1] @ w[:-1]) / 2
         return value, np.r_[f_NF.T @ slope + decay * w[:-1], slope.sum()]
-    w = minimize(loss, np.zeros(f_NF.shape[1] + 1), jac=True, method="L-BFGS-B",
+    w = scipy.optimize.minimize(loss, np.zeros(f_NF.shape[1] + 1), jac=True, method="L-BFGS-B",
                  options=dict(maxiter=500)).x
     return w[:-1], w[-1]
 
@@ -59,7 +58,7 @@ def fit_probe(linear, train, select, decays=(1e-4, 1e-3, 1e-2, 1e-1, 1.0)):
     best = None
     for decay in decays:
         w, b = logistic((f - mean) / std, train[1], decay)
-        prob = expit((g - mean) / std @ w + b)
+        prob = scipy.special.expit((g - mean) / std @ w + b)
         loss = negative_log_likelihood(prob, select[1])
         if best is None or loss < best[0]:
             best = loss, decay, w / std, b - mean / std @ w, prob

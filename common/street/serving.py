@@ -6,8 +6,8 @@ N samples  V views of a sample  F features
 from pathlib import Path
 
 import numpy as np
+import scipy
 import torch
-from scipy.special import softmax
 
 from common import run
 from common.classify import binary_metrics, mcc_sweep
@@ -57,7 +57,7 @@ def head_logits(head, features):
 
 def probability(logits_NC):
     """P(roadwork) of logits [N, 2], float64."""
-    return softmax(np.asarray(logits_NC, np.float64), 1)[:, 1]
+    return scipy.special.softmax(np.asarray(logits_NC, np.float64), 1)[:, 1]
 
 
 def fuse_features(mode, f_NVF, boxes_NV4, net, module=None, mac=False):

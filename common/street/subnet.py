@@ -8,10 +8,10 @@ miner_performance_tracker.py.  The cut is fixed at 0.5, labels are balanced, and
 import io
 
 import numpy as np
+import scipy
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy.special import expit, logit
 
 from common.classify import mcc
 
@@ -81,7 +81,7 @@ def returned(prob, threshold):
     """
     p = np.asarray(prob, np.float64)
     tau = np.clip(threshold, 1e-6, 1 - 1e-6)
-    out = expit(logit(np.clip(p, 1e-12, 1 - 1e-12)) - logit(tau))
+    out = scipy.special.expit(scipy.special.logit(np.clip(p, 1e-12, 1 - 1e-12)) - scipy.special.logit(tau))
     return np.where(p >= threshold, np.maximum(out, 0.5 + 1e-6), np.minimum(out, 0.5 - 1e-6))[()]
 
 

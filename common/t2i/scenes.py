@@ -11,8 +11,8 @@ import random
 import zlib
 
 import numpy as np
+import scipy
 from PIL import Image, ImageDraw
-from scipy import ndimage
 
 GROUND = (40, 40, 48)
 COLOURS = {"red": (220, 50, 50), "green": (50, 180, 75), "blue": (50, 90, 220), "yellow": (235, 215, 60),
@@ -124,20 +124,20 @@ def look(picture):
     ground = np.float32(GROUND)
     names, palette = list(COLOURS), np.float32(list(COLOURS.values()))
     distance = np.linalg.norm(pixels - ground, axis=-1)
-    labels, count = ndimage.label(distance > 60)
+    labels, count = scipy.ndimage.label(distance > 60)
     objects = []
     for k in range(1, count + 1):
         inside = labels == k
         if inside.sum() < 10 * (side / 32) ** 2:
             continue
-        core = ndimage.binary_erosion(inside)
+        core = scipy.ndimage.binary_erosion(inside)
         core = core if core.any() else inside
         nearest = np.linalg.norm(pixels[core][:, None] - palette, axis=-1).argmin(-1)
         colour = np.bincount(nearest, minlength=len(names)).argmax()
         axis = palette[colour] - ground  # coverage of each pixel: its projection from ground to colour
         cover = np.clip((pixels - ground) @ axis / (axis @ axis), 0, 1)
-        cover = cover * ndimage.binary_dilation(inside)
-        yx = np.array(ndimage.center_of_mass(cover))
+        cover = cover * scipy.ndimage.binary_dilation(inside)
+        yx = np.array(scipy.ndimage.center_of_mass(cover))
         shape, size = max(_templates(), key=lambda t: _overlap(cover, t, yx, side))
         objects.append(dict(colour=names[colour], shape=shape, size=size,
                             xy=((yx[::-1] + 0.5) / side).tolist()))
