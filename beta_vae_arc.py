@@ -37,7 +37,7 @@ from common import draw, run
 from common.arc.plots import curves, maps, prior_page, reconstructions, strip, table
 from common.arc.tasks import OUTSIDE, SOURCES, SPLITS, code_nats, grid_statistics, load_corpus, picture
 from common.arc.tasks import top_up
-from common.ckpt import write_atomic
+from common.files import write_atomic
 from common.run import UserError, opt
 
 COLORS = 10

@@ -28,7 +28,7 @@ from torch import nn
 
 from common import draw, run
 from common.t2i import captions, memory, pictures, public, scenes, shards, studio
-from common.ckpt import write_atomic
+from common.files import write_atomic
 from common.run import opt
 from common.t2i.captions import Words, to_images, to_pixels
 from common.t2i.clip import CLIPTextEncoder, CLIPTokenizer  # noqa: F401  (for importers)

@@ -32,7 +32,7 @@ from PIL import Image
 from torch import nn
 
 from common import draw, images, run
-from common.ckpt import sha256_file
+from common.files import sha256_file
 from common.classify import mcc_sweep
 from common.dino import Backbone
 from common.run import opt

@@ -1,7 +1,7 @@
 """What every script needs and no reader came for: flags, ranks, seeds, signals, the log of a run.
 
 Knows no model and no data.  Flags stand in common/flags.py, the log in common/runlog.py, checkpoints in
-common/ckpt.py; scripts say `from common import run` and find all of it here.
+common/ckpt.py, weights in common/sealed.py; scripts say `from common import run` and find all of it here.
 
     command, cfg = parse(Config, PRESETS, commands)      flags from one flat frozen dataclass
     ddp = init(cfg.device)                                torchrun or a single process
@@ -31,9 +31,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.ckpt import Interrupted, load, load_weights, save, save_weights, verify  # noqa: F401
+from common.ckpt import Interrupted, load, save, verify  # noqa: F401
 from common.flags import UserError, opt, parse, script_name, unknown  # noqa: F401
 from common.runlog import Log, plain, record  # noqa: F401
+from common.sealed import load_weights, save_weights  # noqa: F401
 
 # --- main ------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from importlib.metadata import version
 import torch
 import torch.distributed as dist
 
-from common.ckpt import sha256_file, write_atomic
+from common.files import sha256_file, write_atomic
 from common.flags import UserError
 
 FREE = {"out", "device", "wandb", "json"}       # a run may continue with these changed

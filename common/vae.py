@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import vaekeys
-from common.ckpt import sha256_file
+from common.files import sha256_file
 from common.run import UserError
 
 

@@ -21,7 +21,9 @@ from PIL import Image, PngImagePlugin
 from common import images, ilsvrc, run, sources
 from common.archive import Tape, walk
 from common.arc import tasks
-from common.ckpt import load, load_weights, save, sha256_file
+from common.ckpt import load, save
+from common.files import sha256_file
+from common.sealed import load_weights
 from common.drift import flax_msgpack
 from common.hope import text
 from common.latents import Latents, LatentWriter

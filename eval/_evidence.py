@@ -3,7 +3,7 @@
 import ast
 import json
 
-from common.ckpt import write_atomic
+from common.files import write_atomic
 from common.draw import number
 from eval._shared import duration, markdown_table, replace_block
 

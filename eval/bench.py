@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common.ckpt import write_atomic
+from common.files import write_atomic
 from common.run import UserError, unknown
 from common.runlog import environment
 from eval._shared import ROOT, Parser, cli, text_table

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 import beta_vae_arc as arc
 from common import run
 from common.arc.tasks import OUTSIDE, load_corpus
-from common.ckpt import write_atomic
+from common.files import write_atomic
 
 
 class PlainGrids(Dataset):

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 
-from common.ckpt import write_atomic
+from common.files import write_atomic
 from eval._shared import ROOT, SCRIPTS
 
 GOAL = 1.3

@@ -25,7 +25,7 @@ import torch
 
 import streetvision as sv
 from common import images, run
-from common.ckpt import write_atomic
+from common.files import write_atomic
 from common.street import augment, scorecard, streets, testreport
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from common.ckpt import write_atomic
+from common.files import write_atomic
 from common.run import UserError, unknown
 from common.runlog import environment
 from eval import _drill_inputs, _drill_runs

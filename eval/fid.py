@@ -23,7 +23,7 @@ import torch
 from scipy.special import xlogy
 from tqdm import tqdm
 
-from common.ckpt import sha256_file, write_atomic
+from common.files import sha256_file, write_atomic
 from common.dino import DinoV3
 from common.metrics import (InceptionV3, Moments, frechet_bias, frechet_distance, kernel_distance,
                             manifold_metrics)

@@ -23,7 +23,7 @@ import torch
 
 import hope_lm
 from common import draw, run
-from common.ckpt import sha256_file, write_atomic
+from common.files import sha256_file, write_atomic
 from common.hope.text import BPE, documents, rng, standard_library
 from eval._continual import classes, continual
 from eval._niah import VARIANTS as RULER, passkey_prompt, ruler_prompt

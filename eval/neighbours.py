@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import draw
-from common.ckpt import write_atomic
+from common.files import write_atomic
 from common.metrics import nearest_neighbours
 from common.run import UserError, init
 from eval._images import Images, sample_sets

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from common.ckpt import write_atomic
+from common.files import write_atomic
 from common.draw import number
 from common.run import UserError
 from eval._html import BINS, chart, h, legend, page, table

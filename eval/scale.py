@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from common import run
-from common.ckpt import write_atomic
+from common.files import write_atomic
 from eval._shared import ROOT, SCRIPTS, Parser, cli, load, markdown_table, replace_block, text_table
 
 LARGE = 1e18  # FLOPs of a training

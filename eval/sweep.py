@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 from common import draw
-from common.ckpt import write_atomic
+from common.files import write_atomic
 from common.draw import number
 from common.run import UserError
 from eval._shared import (ROOT, Parser, as_flags, changed, cli, experiments, flat, read_log, read_run,

@@ -11,7 +11,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from common.ckpt import write_atomic
+from common.files import write_atomic
 from common.draw import number
 from common.run import UserError
 from eval._evidence import write_docs

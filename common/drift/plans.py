@@ -8,7 +8,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.ckpt import write_atomic
+from common.files import write_atomic
 
 WAYS = [(how, remat) for how in ("ddp", "fsdp2") for remat in (False, True)]
 

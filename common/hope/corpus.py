@@ -21,7 +21,7 @@ import re
 
 import numpy as np
 
-from common.ckpt import sha256_file, write_atomic
+from common.files import sha256_file, write_atomic
 from common.flags import UserError
 from common.hope.text import BPE, coverage, documents, guard, read_manifest, shard
 

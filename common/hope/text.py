@@ -20,8 +20,7 @@ import sysconfig
 
 import numpy as np
 
-from common.ckpt import sha256_file, write_atomic
-from common.files import read_json
+from common.files import read_json, sha256_file, write_atomic
 from common.flags import UserError
 
 # --- byte-level BPE -----------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ import numpy
 import scipy
 import torch
 
-from common.ckpt import load_weights, save_weights, sha256_file, write_atomic
+from common.files import sha256_file, write_atomic
+from common.sealed import load_weights, save_weights
 from common.flags import UserError
 
 POLICIES = ("threshold", "gate", "scrc", "temperature", "dirichlet", "beta", "platt", "isotonic", "ensemble")

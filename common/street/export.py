@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from common import run
-from common.ckpt import sha256_file, write_atomic
+from common.files import sha256_file, write_atomic
 from common.street import bundle, fusion
 
 

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.ckpt import sha256_file, write_atomic
-from common.files import read_json
+from common.files import read_json, sha256_file, write_atomic
 from common.flags import UserError
 from common.images import EXTENSIONS, decode
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 from PIL.PngImagePlugin import PngInfo
 
 from common import images
-from common.ckpt import write_atomic
+from common.files import write_atomic
 from common.flags import UserError
 from common.t2i.captions import to_images
 

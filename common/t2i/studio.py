@@ -16,7 +16,7 @@ from common import draw
 from common.t2i import captions, memory, pictures, public, scenes
 from common.flags import UserError
 from common.t2i.safety import SafetyChecker
-from common.ckpt import save_weights
+from common.sealed import save_weights
 from common.t2i.weights import Checkpoint
 
 RECIPE = ("model", "vae", "text", "prompt", "negative", "seed", "steps", "sample_steps", "shape", "sampler",

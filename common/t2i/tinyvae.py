@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.ckpt import load_weights
+from common.sealed import load_weights
 
 
 class Residual(nn.Module):

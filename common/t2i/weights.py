@@ -17,8 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from common.ckpt import sha256_file
-from common.files import read_json
+from common.files import read_json, sha256_file
 from common.flags import UserError
 from common.t2i.memory import GROUP, LEAST, QEmbedding, QLinear, replace, small
 
