@@ -42,6 +42,7 @@ from common.sealed import load_weights, save_weights  # noqa: F401
 def main(Config, presets, commands):
     """Parse, run commands[command](cfg), and turn the outcome into an exit status: 0, 2, 130 or 1 (a bug)."""
     signal.signal(signal.SIGTERM, _interrupt)
+    cfg = None
     try:
         command, cfg = parse(Config, presets, tuple(commands))
         commands[command](cfg)
@@ -56,9 +57,10 @@ def main(Config, presets, commands):
     except OSError as error:
         if error.errno not in USER_ERRNO:
             raise
+        where = error.filename or getattr(cfg, "out", None) or "standard output"    # a write names no file
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "; free some space on the disk of --out and run the same command again" if full else ""
-        _leave(2, f"error: {error.strerror}: {error.filename or 'no file named'}{hint}")
+        hint = "; free some space there and run the same command again" if full else ""
+        _leave(2, f"error: {error.strerror}: {where}{hint}")
 
 
 def leave_together():

@@ -4,6 +4,7 @@ A run is a forked child that executes SCRIPT.py as __main__ under its own sys.ar
 without the seconds that importing torch takes and in which nothing is written.
 """
 
+import atexit
 import contextlib
 import hashlib
 import json
@@ -118,7 +119,7 @@ TINY = {
         data="DATA",
     ),
     "beta_vae_arc": dict(
-        preset="smoke", width=16, prior_width=16, prior_depth=1, bf16=False, steps=30, batch=8, n=200,
+        preset="smoke", width=16, prior_width=16, prior_depth=1, bf16=False, steps=30, batch=8, n=400,
         warmup=2
     ),
     "streetvision": dict(
@@ -190,6 +191,7 @@ class Script:
 
     def _child(self, out, command, rank, ranks, port):
         status = 1
+        atexit._clear()                     # the parent's: a child that ran them would empty its folders
         try:
             os.setpgid(0, 0)
             log = os.open(self.log_of(out), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -395,7 +397,7 @@ def full_disk(script, seed):
     disk = script.folder / "disk"
     disk.mkdir()
     mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=768m", "tmpfs", str(disk)], capture_output=True, text=True
     )
     if mount.returncode:
         return dict(skipped=f"mount: {mount.stderr.strip()}")
@@ -415,9 +417,10 @@ def full_disk(script, seed):
             wait(pids)
         else:
             return dict(skipped="the run ended before the disk could be filled, five times")
-        with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
-            while True:
-                file.write(bytes(4096))
+        for block in (bytes(1 << 20), bytes(4096)):         # to the last page
+            with open(disk / "filler", "ab", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(block)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pids[0], signal.SIGCONT)
         status = wait(pids)

@@ -101,6 +101,7 @@ def main(argv=None):
             key: sum(c.get(key, 0) for c in cases.values())
             for key in ("kills", "cases", "fuzzed", "crafted", "recovered", "refused", "read", "failed")
         }
+        total["skipped"] = sum("skipped" in c for c in cases.values())
         record = dict(
             drill=name,
             quick=args.quick,
