@@ -65,7 +65,7 @@ def page(title, header, nav, sections, footer):
 
 # --- charts --------------------------------------------------------------
 
-W, H, RIGHT, TOP, BOTTOM = 380, 250, 12, 12, 36       # near one to one on a phone: text stays readable
+W, H, RIGHT, TOP, BOTTOM = 380, 250, 20, 12, 36       # near one to one on a phone: text stays readable
 BINS = 200
 
 
@@ -143,10 +143,10 @@ def legend(names):
 
 STYLE = """
 :root { --ink: #1f2328; --soft: #57606a; --paper: #fff; --panel: #f6f8fa; --rule: #d0d7de; --link: #0550ae;
-  --mark: #fff4d6; --c0: #0072b2; --c1: #c04f00; --c2: #00805d; --c3: #b04f86; --c4: #2a7fb8; --c5: #8a6100; }
+  --mark: #fff4d6; --c0: #0072b2; --c1: #c04f00; --c2: #00805d; --c3: #b04f86; --c4: #6f42c1; --c5: #8a6100; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #a5b0bb; --paper: #0d1117;
   --panel: #161b22; --rule: #3d444d; --link: #79b8ff; --mark: #3a2e0b; --c0: #58aef0; --c1: #ff8a4c;
-  --c2: #2fc498; --c3: #ee9ac9; --c4: #8fd3ff; --c5: #f0b429; } }
+  --c2: #2fc498; --c3: #ee9ac9; --c4: #bda4ff; --c5: #f0b429; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 82rem; padding: 0 1rem 3rem; color: var(--ink); background: var(--paper);
   font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }

@@ -20,7 +20,7 @@ import torch
 
 from common.files import write_atomic
 from common.run import UserError, unknown
-from common.runlog import environment
+from common.runlog import code_fingerprint, environment
 from eval import _drill_inputs, _drill_runs
 from eval._drill_readers import READERS
 from eval._shared import ROOT, SCRIPTS, Parser, cli
@@ -106,6 +106,7 @@ def main(argv=None):
             drill=name,
             quick=args.quick,
             seed=args.seed,
+            commit=code_fingerprint(__file__)["commit"],
             time_s=round(time.time() - began, 1),
             total={k: v for k, v in total.items() if v or k == "failed"},
             cases=cases,

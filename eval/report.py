@@ -76,13 +76,12 @@ def overview(runs, names, papers):
         scores = [f"{k} {number(v)}" + (f" (paper {expect[k]})" if k in expect else "")
                   for k, v in found.items()]
         done = "-" if last is None else f"{last} of {wanted}" if wanted else str(last)
-        rows.append([name, run.script, run.preset, done,
+        rows.append([name, run.preset, done,
                      number(statistics.fmean(loss[-20:])) if loss else "-",
                      ", ".join(scores[:6] + choice) or "not evaluated",
                      run.hardware, duration(run.time_s)])
     return section("overview", "Overview", [
-        table("Runs", ["Run", "Script", "Preset", "Steps", "Loss, mean of last 20", "Scores", "Hardware",
-                       "Time"], rows, "t-overview"),
+        table("Runs", ["Run", "Preset", "Steps", "Loss, mean of last 20", "Scores", "Hardware", "Time"], rows, "t-overview"),
         [h("p", text, class_="note") for text in notes(runs, names)]])
 
 
