@@ -8,6 +8,7 @@ found to hold the same; without one (a pixel of an IDX file) other bytes are sim
 
 import dataclasses
 import gzip
+import hashlib
 import io
 import json
 import struct
@@ -173,7 +174,10 @@ def pictures_reader(format, checked=False, **how):
         return [folder / "x"]
 
     def read(folder):
-        return np.asarray(images.decode(str(folder / "x"))).tolist()
+        image, digest = images.decode(str(folder / "x")), hashlib.sha256()
+        for top in range(0, image.height, 64):              # in strips: a fuzzed header may say 89 million pixels
+            digest.update(image.crop((0, top, image.width, min(top + 64, image.height))).tobytes())
+        return image.size, digest.hexdigest()
 
     return Reader(make, read, (OSError, ValueError), checked)
 

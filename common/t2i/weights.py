@@ -42,7 +42,7 @@ def check_header(path):
             header.pop("__metadata__", None)
             shapes = {name: tuple(int(n) for n in row["shape"]) for name, row in header.items()}
             end = max((int(row["data_offsets"][1]) for row in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path}: damaged safetensors header ({type(error).__name__})") from None
     if end != size - 8 - length:
         raise UserError(f"{path}: truncated or padded: its header describes {end} bytes of tensors, "
@@ -159,7 +159,8 @@ def _safetensors(path):
 def _torch(path):
     try:
         tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+            AssertionError, OverflowError) as error:                # what damaged opcodes lead the unpickler to
         line = (str(error) or type(error).__name__).splitlines()[0][:160]
         raise UserError(f"{path}: not a plain PyTorch weight file: {line}") from None
     for key in ("ema", "state_dict", "model"):  # training checkpoints: the averaged weights first
