@@ -34,9 +34,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import draw, run
-from common.arc.plots import curves, maps, prior_page, reconstructions, strip, table
-from common.arc.tasks import OUTSIDE, SOURCES, SPLITS, code_nats, grid_statistics, load_corpus, picture
-from common.arc.tasks import top_up
+from common.arc.plots import curves, maps, picture, prior_page, reconstructions, strip, table
+from common.arc.tasks import OUTSIDE, SOURCES, SPLITS, code_nats, grid_statistics, load_corpus, top_up
 from common.files import write_atomic
 from common.run import UserError, opt
 

@@ -97,11 +97,14 @@ def from_file(path, Config):
 def _parser(Config, presets, commands):
     doc = sys.modules[Config.__module__].__doc__ or ""
     rows = "\n".join(f"  {name:<20} {p.get('paper', '-')}"
-                     + "".join(f", {k} {v}" for k, v in p.get("expect", {}).items()) for name, p in presets.items())
-    parser = _Parser(prog=script_name(), usage=f"{script_name()} [{'|'.join(commands)}] [--preset NAME] [--flag VALUE ...]",
-                     description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                     epilog=f"commands: {', '.join(commands)} (default {commands[0]})\n\npresets (paper row, paper value):\n{rows}",
-                     argument_default=argparse.SUPPRESS)
+                     + "".join(f", {k} {v}" for k, v in p.get("expect", {}).items())
+                     for name, p in presets.items())
+    parser = _Parser(prog=script_name(), description=doc, allow_abbrev=False,
+                     argument_default=argparse.SUPPRESS,
+                     usage=f"{script_name()} [{'|'.join(commands)}] [--preset NAME] [--flag VALUE ...]",
+                     epilog=f"commands: {', '.join(commands)} (default {commands[0]})\n\n"
+                            f"presets (paper row, paper value):\n{rows}",
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = typing.get_type_hints(Config)
     for f in dataclasses.fields(Config):
         meta, flag = f.metadata, "--" + f.name.replace("_", "-")
@@ -146,4 +149,5 @@ def unknown(what, got, known):
     """One line: unknown preset 'x'; did you mean 'y'?  (or the list, when nothing is near)"""
     known = [str(k) for k in known]
     near = difflib.get_close_matches(str(got), known, 1)
-    return f"unknown {what} '{got}'; " + (f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}")
+    hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+    return f"unknown {what} '{got}'; {hint}"

@@ -1,4 +1,4 @@
-"""Weights for others to load: one safetensors file, its JSON metadata, and a seal that shows one wrong bit."""
+"""Weights for others to load: a safetensors file with JSON metadata, and a seal that shows one wrong bit."""
 
 import errno
 import hashlib

@@ -175,7 +175,7 @@ def pictures_reader(format, checked=False, **how):
 
     def read(folder):
         image, digest = images.decode(str(folder / "x")), hashlib.sha256()
-        for top in range(0, image.height, 64):              # in strips: a fuzzed header may say 89 million pixels
+        for top in range(0, image.height, 64):              # in strips: there may be 89 million pixels
             digest.update(image.crop((0, top, image.width, min(top + 64, image.height))).tobytes())
         return image.size, digest.hexdigest()
 

@@ -2,9 +2,9 @@
 
     python -m eval.bench_startup --json startup.json [--rounds 7]
 
-In every round each command runs once, in an order that turns; the ratio of process CPU seconds (user and system,
-which other work on the machine does not lengthen) is taken within the round, and its median is the result.  The
-goal, at most 1.3, leaves a third of torch's own import for numpy, pillow, scipy and our own code.
+In every round each command runs once, in an order that turns; the ratio of process CPU seconds (user and
+system, which other work on the machine does not lengthen) is taken within the round, and its median is the
+result.  The goal, at most 1.3, leaves a third of torch's import for numpy, pillow, scipy and our own code.
 """
 
 import argparse
@@ -50,8 +50,8 @@ def main():
     for name in names:
         ratios = sorted(ours / theirs for ours, theirs in zip(seconds[name], seconds["torch"]))
         value = statistics.median(ratios)
-        cases[name] = dict(what=f"{name}.py --help", value=value, ratio="ours / import torch", goal=GOAL, agree=True,
-                           met=value <= GOAL, ours_s=statistics.median(seconds[name]),
+        cases[name] = dict(what=f"{name}.py --help", value=value, ratio="ours / import torch", goal=GOAL,
+                           agree=True, met=value <= GOAL, ours_s=statistics.median(seconds[name]),
                            theirs_s=statistics.median(seconds["torch"]), range=[ratios[0], ratios[-1]])
         print(f"{name:<14} {cases[name]['ours_s']:.2f} s, import torch {cases[name]['theirs_s']:.2f} s: "
               f"{value:.2f} times ({ratios[0]:.2f} to {ratios[-1]:.2f})")

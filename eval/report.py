@@ -81,7 +81,8 @@ def overview(runs, names, papers):
                      ", ".join(scores[:6] + choice) or "not evaluated",
                      run.hardware, duration(run.time_s)])
     return section("overview", "Overview", [
-        table("Runs", ["Run", "Preset", "Steps", "Loss, mean of last 20", "Scores", "Hardware", "Time"], rows, "t-overview"),
+        table("Runs", ["Run", "Preset", "Steps", "Loss, mean of last 20", "Scores", "Hardware", "Time"], rows,
+              "t-overview"),
         [h("p", text, class_="note") for text in notes(runs, names)]])
 
 

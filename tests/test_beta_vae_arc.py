@@ -551,7 +551,7 @@ def test_collapse_flags():
     black = dict(kl_nats=dict(mean=1e-5), active_var=0, active_kl=0, nonbg_acc=0.0)
     assert flags(**black) == {"collapsed", "partial", "background_only"}
     assert flags(cell_acc=0.0) == {"pad_only"} and flags(active_kl=3) == {"partial"}
-    assert not arc.collapse({**good, "active_kl": 3}, 0.6, vector=False)["partial"]     # most patches are rare
+    assert not arc.collapse({**good, "active_kl": 3}, 0.6, vector=False)["partial"]   # most patches are rare
 
 
 def test_black_ink_scores_well_and_is_caught():
@@ -620,10 +620,10 @@ def test_picture_has_the_palette_and_frames_wrong_cells():
     grid[:2, :2] = [[2, 3], [0, 9]]
     truth = grid.copy()
     truth[1, 0] = 1
-    image = files.picture(grid, 40, truth=truth)
+    image = plots.picture(grid, 40, truth=truth)
     assert image.shape == (40, 40, 3) and image[10, 10].tolist() == [0xFF, 0x41, 0x36]
     assert image[30, 30].tolist() == [0x87, 0x0C, 0x25] and image[21, 10].tolist() == [230, 0, 60]
-    small = files.picture(grid, 40, span=10)
+    small = plots.picture(grid, 40, span=10)
     assert (small[0, 0] == 255).all() and small[17, 17].tolist() == [0xFF, 0x41, 0x36]
 
 

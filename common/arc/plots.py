@@ -7,10 +7,36 @@ from PIL import Image, ImageDraw
 
 from common import draw
 from common.arc.embed import pca, tsne
-from common.arc.tasks import OUTSIDE, PALETTE, grid_statistics, picture
+from common.arc.tasks import OUTSIDE, grid_statistics
 from common.axes import INK, RAMP, Plot, font, limits, plain, ramp
 
+PALETTE = np.array([[int(c[i:i + 2], 16) for i in (0, 2, 4)] for c in (
+    "000000 0074D9 FF4136 2ECC40 FFDC00 AAAAAA F012BE FF851B 7FDBFF 870C25").split()], np.uint8)
 ARC = ["#%02x%02x%02x" % tuple(c) for c in PALETTE.tolist()]
+
+
+def picture(grid, tile=96, span=None, truth=None):
+    """A grid [h, w] in the ARC palette, centred on a white square of tile pixels -> uint8 [tile, tile, 3].
+
+    span: cells across the tile (default: the grid fills it).  Cells unlike truth are framed.
+    """
+    seen = (grid != OUTSIDE) | ((truth if truth is not None else grid) != OUTSIDE)
+    h, w = (int(seen.any(axis).nonzero()[0].max(initial=0)) + 1 for axis in (1, 0))
+    cell = max(tile // max(span or 0, h, w), 2)
+    paper = (200 + 20 * (np.indices((h, w)).sum(0) % 2)).astype(np.uint8)[..., None].repeat(3, 2)
+    image = np.where((grid[:h, :w] == OUTSIDE)[..., None], paper, PALETTE[np.minimum(grid[:h, :w], 9)])
+    image = image.repeat(cell, 0).repeat(cell, 1)
+    if cell > 4:                                # in smaller cells the lines would be most of what one sees
+        image[::cell] = image[:, ::cell] = 90
+    for y, x in np.argwhere(grid[:h, :w] != truth[:h, :w]) if truth is not None else ():
+        box = image[y * cell:(y + 1) * cell, x * cell:(x + 1) * cell]
+        box[[0, -1]] = box[:, [0, -1]] = (255, 255, 255) if cell > 6 else (230, 0, 60)
+        if cell > 6:
+            box[[1, -2]] = box[:, [1, -2]] = (230, 0, 60)
+    page = np.full((max(tile, h * cell), max(tile, w * cell), 3), 255, np.uint8)
+    top, left = (page.shape[0] - h * cell) // 2, (page.shape[1] - w * cell) // 2
+    page[top:top + h * cell, left:left + w * cell] = image
+    return page
 
 
 def strip(grids, tile=96):

@@ -22,8 +22,6 @@ from common.files import read_npz as read_arrays
 from common.flags import UserError
 
 OUTSIDE = 10
-PALETTE = np.array([[int(c[i:i + 2], 16) for i in (0, 2, 4)] for c in (
-    "000000 0074D9 FF4136 2ECC40 FFDC00 AAAAAA F012BE FF851B 7FDBFF 870C25").split()], np.uint8)
 TRAIN, VAL, TEST, UNSPLIT = 0, 1, 2, 255
 SPLITS = dict(train=TRAIN, val=VAL, test=TEST)
 PROCEDURAL, ARC_TRAINING, ARC_EVALUATION, ARC2, REARC = range(5)
@@ -139,7 +137,8 @@ def read_npz(path, canvas):
     split = None
     if "grids" not in data:
         if len({data[k].shape[1:] for k in parts}) > 1 or any(data[k].ndim != 3 for k in parts):
-            raise UserError(f"{path}: {', '.join(f'{k} {list(data[k].shape)}' for k in parts)}; expected [N, h, w]")
+            found = ", ".join(f"{k} {list(data[k].shape)}" for k in parts)
+            raise UserError(f"{path}: {found}; expected [N, h, w]")
         split = np.concatenate([np.full(len(data[k]), SPLITS[k], np.uint8) for k in parts])
         data["grids"] = np.concatenate([data[k] for k in parts])
     grids = data["grids"]
@@ -156,11 +155,12 @@ def read_npz(path, canvas):
     shapes, solid = rectangles(full)
     if not solid.all():
         raise UserError(f"{path}: grid {int(solid.argmin())} is not a solid rectangle at the top left")
+
     def column(key, value, most, kind=np.uint8):
         given = data.get(key, np.full(n, value))
         if given.shape != (n,) or given.dtype.kind not in "iu" or given.min() < 0 or given.max() > most:
-            raise UserError(f"{path}: '{key}' must hold one " + ("index into 'task_ids'" if key == "task" else
-                                                                 f"whole number of at most {most}") + " a grid")
+            what = "index into 'task_ids'" if key == "task" else f"whole number of at most {most}"
+            raise UserError(f"{path}: '{key}' must hold one {what} a grid")
         return given.astype(kind)
 
     ids, task = data.get("task_ids"), np.arange(n, dtype=np.int32)
@@ -271,6 +271,7 @@ def load_corpus(data, canvas=30, n=20_000, seed=0, fixed=False):
         raise UserError(f"--sizes fixed needs every grid to be {canvas}x{canvas}; use --sizes coded")
     return corpus
 
+
 def top_up(corpus, n, seed=0):
     """A corpus filled up to n with procedural training grids that neither leak nor repeat."""
     canvas, short = corpus.grids.shape[1], n - len(corpus)
@@ -278,7 +279,7 @@ def top_up(corpus, n, seed=0):
     return drop_leaks(join([corpus, stack(rows, canvas)]))[0].where(slice(0, n))
 
 
-# --- statistics and pictures ------------------------------------------------
+# --- statistics ------------------------------------------------
 
 
 def grid_statistics(grid_NPP):
@@ -303,27 +304,3 @@ def code_nats(corpus):
     return dict(uniform_code_nats=float((area * math.log(10) + 2 * math.log(corpus.grids.shape[1])).mean()),
                 zlib_nats=float(np.mean([len(zlib.compress(r, 9)) for r in raw]) * nats),
                 zlib_together_nats=len(zlib.compress(b"".join(raw), 9)) / len(raw) * nats)
-
-
-def picture(grid, tile=96, span=None, truth=None):
-    """A grid [h, w] in the ARC palette, centred on a white square of tile pixels -> uint8 [tile, tile, 3].
-
-    span: cells across the tile (default: the grid fills it).  Cells unlike truth are framed.
-    """
-    seen = (grid != OUTSIDE) | ((truth if truth is not None else grid) != OUTSIDE)
-    h, w = (int(seen.any(axis).nonzero()[0].max(initial=0)) + 1 for axis in (1, 0))
-    cell = max(tile // max(span or 0, h, w), 2)
-    paper = (200 + 20 * (np.indices((h, w)).sum(0) % 2)).astype(np.uint8)[..., None].repeat(3, 2)
-    image = np.where((grid[:h, :w] == OUTSIDE)[..., None], paper, PALETTE[np.minimum(grid[:h, :w], 9)])
-    image = image.repeat(cell, 0).repeat(cell, 1)
-    if cell > 4:                                # in smaller cells the lines would be most of what one sees
-        image[::cell] = image[:, ::cell] = 90
-    for y, x in np.argwhere(grid[:h, :w] != truth[:h, :w]) if truth is not None else ():
-        box = image[y * cell:(y + 1) * cell, x * cell:(x + 1) * cell]
-        box[[0, -1]] = box[:, [0, -1]] = (255, 255, 255) if cell > 6 else (230, 0, 60)
-        if cell > 6:
-            box[[1, -2]] = box[:, [1, -2]] = (230, 0, 60)
-    page = np.full((max(tile, h * cell), max(tile, w * cell), 3), 255, np.uint8)
-    top, left = (page.shape[0] - h * cell) // 2, (page.shape[1] - w * cell) // 2
-    page[top:top + h * cell, left:left + w * cell] = image
-    return page
