@@ -188,8 +188,10 @@ def verify(folder):
     """Re-hash a checkpoint directory -> list of what is wrong with it, empty when whole."""
     folder = pathlib.Path(folder)
     try:
-        files = json.loads((folder / "meta.json").read_text())["files"].items()
+        meta = json.loads((folder / "meta.json").read_text())
+        files = meta["files"].items()
         assert all(isinstance(facts, dict) for _, facts in files)
+        assert isinstance(meta["world"], int) and meta["step"] == int(folder.name)
     except (OSError, AssertionError, *DAMAGE) as error:
         return [f"meta.json: {type(error).__name__}"]
     bad = []

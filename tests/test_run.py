@@ -179,7 +179,7 @@ def test_newest_two_are_kept_and_a_damaged_newest_falls_back(tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "ckpt").iterdir()) == ["00000002", "00000003"]
 
 
-@pytest.mark.parametrize("harm", ["truncate", "remove", "meta"])
+@pytest.mark.parametrize("harm", ["truncate", "remove", "meta", "other step", "no step"])
 def test_any_missing_or_short_file_is_noticed(tmp_path, harm):
     state = dict(x=torch.zeros(100))
     for step in (1, 2):
@@ -190,7 +190,11 @@ def test_any_missing_or_short_file_is_noticed(tmp_path, harm):
     elif harm == "remove":
         (folder / "s.json").unlink()
     else:
-        (folder / "meta.json").write_text("{")
+        whole = (folder / "meta.json").read_text()
+        text = {"meta": "{", "other step": whole.replace('"step": 2', '"step": 3'),
+                "no step": whole.replace('"step"', '"stop"')}[harm]
+        assert text != whole
+        (folder / "meta.json").write_text(text)
     assert ckpt.load(tmp_path, dict(s=state), ONE) == 1
 
 
