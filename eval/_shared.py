@@ -129,9 +129,11 @@ def last_scores(run):
     """The scores of a run's eval lines at its last evaluated step -> ({name: number}, notes).
 
     Of several guidance scales alpha the one with the lowest fid or fd is taken, as papers do; notes say so.
-    A comparison without eval lines is represented by its first case.
+    A comparison without eval lines is represented by its first case.  Lines without a step are those of the
+    command `evaluate`: where there are any, what training scored on the way does not count.
     """
     lines = [r for r in run.rows if str(r.get("kind")).startswith("eval")]
+    lines = [r for r in lines if "step" not in r] or lines
     step = max([r["step"] for r in lines if "step" in r], default=None)
     lines, notes = [r for r in lines if r.get("step") in (None, step)], []
     scales = [r for r in lines if "alpha" in r]
