@@ -23,8 +23,11 @@ help:            ## this list
 demo: .venv/ready    ## fresh machine to first pictures: drifting in 2-D
 	$(VENV) drift_toy.py --preset demo
 
-test: .venv/ready    ## all tests; CPU, no network
-	OMP_NUM_THREADS=1 $(VENV) -m pytest -q --ignore=tests/parity
+test: .venv/ready    ## all tests, two processes that share them; CPU, no network
+	@queue=$$(mktemp -d); export OMP_NUM_THREADS=1 ONEFILE_QUEUE=$$queue; \
+	$(VENV) -m pytest -q --ignore=tests/parity >$$queue/second.log 2>&1 & second=$$!; \
+	$(VENV) -m pytest -q --ignore=tests/parity; first=$$?; \
+	wait $$second; other=$$?; cat $$queue/second.log; rm -r $$queue; [ $$first -eq 0 ] && [ $$other -eq 0 ]
 
 test-gpu: .venv/ready    ## the tests that need a CUDA device
 	$(VENV) -m pytest -q tests -k gpu

@@ -1,0 +1,32 @@
+"""Lets pytest processes share the tests: with ONEFILE_QUEUE=FOLDER a file is run by whoever takes it first."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+QUEUE = os.environ.get("ONEFILE_QUEUE")
+taken = {}                                      # file -> whether this process runs it
+
+
+def mine(path):
+    """True when no other process has taken the file; a new folder can be made only once."""
+    if path not in taken:
+        try:
+            Path(QUEUE, path.stem).mkdir()
+            taken[path] = True
+        except FileExistsError:
+            taken[path] = False
+    return taken[path]
+
+
+def pytest_collection_modifyitems(items):
+    if QUEUE:                                   # the longest files first: then both end at about the same time
+        size = {path: path.stat().st_size for path in {item.path for item in items}}
+        items.sort(key=lambda item: -size[item.path])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item):
+    """Anything but None means: this test has been dealt with."""
+    return None if not QUEUE or mine(item.path) else True
