@@ -1,4 +1,4 @@
-"""Lets pytest processes share the tests: with ONEFILE_QUEUE=FOLDER a file is run by whoever takes it first."""
+"""Lets pytest processes share the tests: with ONEFILE_QUEUE=FOLDER, files go to whoever takes them first."""
 
 import os
 from pathlib import Path
