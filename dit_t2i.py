@@ -40,6 +40,7 @@ from common.t2i.schedules import SIGMAS, alpha_bar, shift, sigmas  # noqa: F401
 from common.t2i.t5 import T5Encoder, T5Tokenizer  # noqa: F401  (for importers)
 from common.t2i.textcache import PublicText
 from common.t2i.tinyvae import TinyVAE
+from common.t2i.weights import Outline
 from common.vae import AutoencoderKL
 
 
@@ -440,7 +441,7 @@ class Block(nn.Module):
         if cross:
             self.cross_attn = CrossAttention(width, heads, qk_norm)
         if mod == "adaln_single":
-            self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
+            self.scale_shift_table = nn.Parameter(nn.init.normal_(torch.empty(6, width), std=width**-0.5))
         else:
             out = (4 if mod == "adaln" else 6) * width
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, out))
@@ -483,7 +484,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.linear = nn.Linear(width, out)
         if mod == "adaln_single":
-            self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+            self.scale_shift_table = nn.Parameter(nn.init.normal_(torch.empty(2, width), std=width**-0.5))
         else:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.mod = mod
@@ -581,7 +582,7 @@ class TextEncoder(nn.Module):
     def __init__(self, words, length, width, depth, heads):
         super().__init__()
         self.embed = nn.Embedding(words, width)
-        self.position = nn.Parameter(0.02 * torch.randn(length, width))
+        self.position = nn.Parameter(nn.init.normal_(torch.empty(length, width), std=0.02))
         self.layers = nn.ModuleList(nn.ModuleDict(dict(
             norm1=nn.LayerNorm(width), attn=Attention(width, heads), norm2=nn.LayerNorm(width),
             mlp=MLP(width, 4 * width))) for _ in range(depth))
@@ -1018,7 +1019,7 @@ def evaluate(cfg, count=1000):
 def plan(cfg):
     """Parameters, work and memory of a training run, without allocating the model."""
     steps, channels = cfg.steps or cfg.train_steps, 4 if cfg.vae else cfg.latent
-    with torch.device("meta"):
+    with Outline():
         net = CaptionedDiT(cfg, 22, channels)
     params = sum(p.numel() for p in net.parameters())
     once = sum(p.numel() for n, p in net.dit.named_parameters() if "adaLN" in n or n.startswith("t_"))

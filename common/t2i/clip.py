@@ -16,7 +16,7 @@ from torch import nn
 
 from common.files import read_json
 from common.flags import UserError
-from common.t2i.weights import Checkpoint, fill
+from common.t2i.weights import Checkpoint, Outline, fill
 
 START, END, LENGTH = "<|startoftext|>", "<|endoftext|>", 77
 # the regular expression \s of the published tokenizers is White_Space; str.isspace() adds four control
@@ -252,7 +252,7 @@ class CLIPTextEncoder(nn.Module):
         project = files.shapes.get("text_projection.weight", (0,))[0]
         quick = config.get("hidden_act", "quick_gelu" if width == 768 else "gelu") == "quick_gelu"
         heads = config.get("num_attention_heads", max(width // 64, 1))
-        with torch.device("meta"):
+        with Outline():
             net = cls(width, files.count("encoder.layers."), heads,
                       files.shapes["encoder.layers.0.mlp.fc1.weight"][0],
                       vocabulary, project, quick, end=vocabulary - 1)

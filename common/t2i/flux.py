@@ -12,7 +12,7 @@ from torch import nn
 from common.t2i.dit_blocks import MLP, Attention, RMSNorm, gate, modulate, norm, time_features
 from common.t2i.memory import KEEP
 from common.t2i.mmdit import Final, two_layers
-from common.t2i.weights import fill
+from common.t2i.weights import Outline, fill
 
 
 def axes_of(head):
@@ -121,7 +121,7 @@ class Flux(nn.Module):
     def load(cls, files, dtype, config, **storage):
         """From a Checkpoint in either spelling; without a config heads are 128 wide, as in public files."""
         files = (from_diffusers if files.count("single_transformer_blocks.") else plain_names)(files)
-        with torch.device("meta"):
+        with Outline():
             net = cls(**settings(files, config))
         return fill(net, files, dtype, skip=KEEP, **storage).eval()
 

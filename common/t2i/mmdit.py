@@ -13,7 +13,7 @@ from torch import nn
 from common.t2i.dit_blocks import MLP, Attention, gate, modulate, norm, patches_to_image, time_features
 from common.flags import UserError
 from common.t2i.memory import KEEP
-from common.t2i.weights import fill
+from common.t2i.weights import Outline, fill
 
 
 # --- blocks --------------------------------------------------------------
@@ -145,7 +145,7 @@ class MMDiT(nn.Module):
         """From a Checkpoint in either spelling; head width is 64 in every public model unless `heads` says
         otherwise."""
         files = from_diffusers(files) if "transformer_blocks.0.attn.to_q.weight" in files.shapes else files
-        with torch.device("meta"):
+        with Outline():
             net = cls(**settings(files, heads))
         return fill(net, files, dtype, skip=KEEP, **storage).eval()
 

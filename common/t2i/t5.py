@@ -18,7 +18,7 @@ from torch import nn
 
 from common.files import read_json
 from common.flags import UserError
-from common.t2i.weights import Checkpoint, fill
+from common.t2i.weights import Checkpoint, Outline, fill
 
 MARK = "\u2581"                                              # stands for a space
 NORMAL, UNKNOWN, CONTROL, USER, PAD, EOS, UNK = 1, 2, 3, 4, 0, 1, 2      # kinds of pieces; ids
@@ -296,7 +296,7 @@ class T5Encoder(nn.Module):
             files = files.renamed(lambda n: "shared.weight" if n == "encoder.embed_tokens.weight" else n)
         shapes = files.shapes
         buckets, heads = shapes[first + "0.SelfAttention.relative_attention_bias.weight"]
-        with torch.device("meta"):
+        with Outline():
             net = cls(shapes["shared.weight"][1], heads,
                       shapes[first + "0.SelfAttention.q.weight"][0] // heads,
                       shapes[first + "1.DenseReluDense.wi_0.weight"][0], files.count("encoder.block."),
