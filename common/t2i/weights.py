@@ -141,7 +141,8 @@ def _weight_map(index):
     names = read_json(index).get("weight_map")
     names = list(names.values()) if isinstance(names, dict) else []
     if not names or not all(isinstance(n, str) and Path(n).name == n and len(n) < 256 for n in names):
-        raise UserError(f"{index} is no index of weight files: expected 'weight_map' with names in its folder")
+        raise UserError(f"{index} is no index of weight files: expected 'weight_map' with names in its "
+                        "folder")
     return set(names)
 
 
