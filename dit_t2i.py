@@ -34,12 +34,13 @@ from common.t2i.captions import Words, to_images, to_pixels
 from common.t2i.clip import CLIPTextEncoder, CLIPTokenizer  # noqa: F401  (for importers)
 from common.t2i.dit_blocks import (MLP, Attention, CrossAttention, modulate, norm, patches_to_image, rope_2d,
                                    sincos_2d, time_features)
-from common.t2i.guidance import GUIDANCE, Momentum, guide
+from common.t2i.guidance import GUIDANCE, MODES, Momentum, guide, scheduled
 from common.t2i.safety import SafetyChecker  # noqa: F401  (for importers)
 from common.t2i.schedules import SIGMAS, alpha_bar, shift, sigmas  # noqa: F401
 from common.t2i.t5 import T5Encoder, T5Tokenizer  # noqa: F401  (for importers)
 from common.t2i.textcache import PublicText
 from common.t2i.tinyvae import TinyVAE
+from common.t2i.weights import Outline
 from common.vae import AutoencoderKL
 
 
@@ -59,7 +60,7 @@ class Config:
     json: bool = opt(False, "plan as one JSON object", free=True)
     # data and VAE
     size: int = opt(32, "pixels a side in training; buckets keep this area")
-    pool: int = opt(40_000, "scenes drawn for training")
+    pool: int = opt(100_000, "scenes drawn for training")
     bucket_step: int = opt(0, "sides of buckets are multiples of this; 0: about an eighth of --size")
     vae: str = opt("", "public VAE, file or folder; empty: train a small one")
     vae_steps: int = opt(4000, "steps of the small VAE")
@@ -84,20 +85,21 @@ class Config:
     schedule: str = opt("flow", "noise", choices=("flow", "linear", "scaled_linear", "cosine"))
     prediction: str = opt("flow", "what the network outputs", choices=("flow", "x0", "eps", "v"))
     zero_snr: bool = opt(False, "VP schedules: no signal at the last step; needs --prediction v or x0")
-    t_mean: float = opt(0.8, "logit-normal noise level: mean; high noise decides layout")
-    t_std: float = opt(0.8, "its standard deviation")
-    train_steps: int = opt(7000, "optimizer steps of the transformer")
+    t_mean: float = opt(1.0, "logit-normal noise level: mean; high noise decides layout")
+    t_std: float = opt(1.0, "its standard deviation")
+    train_steps: int = opt(8000, "optimizer steps of the transformer")
     batch: int = opt(64, "pictures a step, all ranks together")
     lr: float = opt(1.5e-3, "peak learning rate")
     warmup: int = opt(200, "steps of linear warm-up")
     decay: float = opt(0.4, "last part of the run, over which the rate falls")
+    inpaint: bool = opt(False, "train to repaint: the net also reads a mask and the rest of the picture")
     drop: float = opt(0.1, "captions dropped, for guidance")
     ema: float = opt(0.998, "decay of the averaged weights")
     clip: float = opt(1.0, "gradient norm bound")
     fsdp: bool = opt(False, "shard parameters and optimizer over ranks (FSDP2) instead of DDP")
     save_every: int = opt(500, "steps between checkpoints", free=True)
     eval_every: int = opt(1000, "steps between scores on validation captions", free=True)
-    validate: int = opt(400, "validation pictures a guidance scale, when training chooses one", free=True)
+    validate: int = opt(1000, "validation pictures a guidance scale, when training chooses one", free=True)
     # sample
     model: str = opt("", "public model, or a run directory; empty: --out", free=True)
     text: str = opt("", "folder of text encoders and tokenizers the model does not hold", free=True)
@@ -118,14 +120,20 @@ class Config:
     phi: float = opt(0.7, "mix of --guidance rescale", free=True)
     distilled: float = opt(3.5, "FLUX.1-dev: guidance as an input of the network", free=True)
     apg: tuple = opt((0.0, 0.0, 0.0), "--guidance apg: eta, bound of the norm (0: none), momentum", free=True)
-    cfg_end: float = opt(-1.0, "guidance scale at the last step, linear from --cfg; -1: constant", free=True)
+    cfg_mode: str = opt("constant", "how --cfg runs to --cfg-min over the steps", tuple(MODES), free=True)
+    cfg_min: float = opt(1.0, "its other end", free=True)
+    mimic_mode: str = opt("constant", "how --mimic runs to --mimic-min", tuple(MODES), free=True)
+    mimic_min: float = opt(1.0, "its other end", free=True)
+    power: float = opt(1.0, "of the power modes; repeats of the repeating ones", free=True)
     skip_layers: tuple = opt((), "skip-layer guidance: blocks left out, 7,8,9 for SD3.5-medium", free=True)
     skip_scale: float = opt(2.5, "its weight, in steps between 1 and 20 % of the run", free=True)
     init: str = opt("", "picture to start from", free=True)
     strength: float = opt(0.6, "how far from --init: 0 returns it, 1 ignores it", free=True)
     strength_mode: str = opt("truncate", "skip steps, or respace all", ("truncate", "respace"), free=True)
+    control: str = opt("", "picture that a FLUX control model follows: edges, depth", free=True)
     mask: str = opt("", "white: repaint this part of --init", free=True)
     feather: float = opt(0.0, "pixels over which the edge of the mask fades, inside it", free=True)
+    repaint: tuple = opt((1, 1), "RePaint: go back so many steps and do them so many times", free=True)
     crop: int = opt(0, "repaint only the mask and so many pixels around it, at the model's size", free=True)
     preview: int = opt(0, "save the estimate every so many steps", free=True)
     recipe: str = opt("", "PNG made here: repeat it", free=True)
@@ -357,19 +365,36 @@ def _unipc_update(x, a, b, points, order, space, correct=None):
     return (b / a) * x - alpha(b, space) * phi1 * (now["d"] + move)
 
 
-def sample_loop(step, denoise, x, sigmas, seed=0, space=None, after=None, **options):
+def renoise(x, b, a, noise, space):
+    """From level b back up to a, by the forward process."""
+    keep = alpha(a, space) / alpha(b, space)
+    return keep * x + math.sqrt(max(a**2 - (keep * b) ** 2, 0)) * noise.like(x)
+
+
+def walk(steps, jump=1, times=1):
+    """Step numbers in the order of RePaint (arXiv:2201.09865): every `jump` steps are done `times` times."""
+    parts = [range(i, min(i + jump, steps)) for i in range(0, steps, jump)]
+    return [i for part in parts for _ in range(times) for i in part]
+
+
+def sample_loop(step, denoise, x, sigmas, seed=0, space=None, after=None, repaint=(1, 1), **options):
     """Integrate from sigmas[0] to sigmas[-1] -> x.
 
     denoise(x, sigma) -> x0; seed: an int (image k uses seed + k) or one per image; space: ve, flow or None
-    (flow when no sigma exceeds 1); after(i, x, x0) -> x is called after every step (preview, inpainting)."""
+    (flow when no sigma exceeds 1); after(i, x, x0) -> x is called after every step (preview, inpainting);
+    repaint: see `walk`."""
     levels = [float(s) for s in sigmas]
     space = space or getattr(denoise, "space", None) or ("flow" if levels[0] <= 1 else "ve")
     noise, past = Noise(seed, x.shape[0], 1), []
 
     def call(x, s):
         return denoise(x, torch.tensor(s, dtype=torch.float64))
-    for i, (a, b) in enumerate(zip(levels, levels[1:])):
-        d = call(x, a)
+    now = levels[0]
+    for i in walk(len(levels) - 1, *repaint):
+        a, b = levels[i:i + 2]
+        if now != a:                                         # back to an earlier step
+            x, past = renoise(x, now, a, noise, space), []
+        d, now = call(x, a), b
         if b == 0:
             x = d
         else:
@@ -412,7 +437,9 @@ class Denoiser:
         if self.both is None or not self.interval[0] < ve <= self.interval[1]:
             return self.process.predict(self.net, x, sigma, self.cond)
         uncond, cond = self.process.predict(self.net, torch.cat([x, x]), sigma, self.both).chunk(2)
-        d = guide(cond, uncond, self.scale(sigma), self.method, **self.options)
+        mimic = self.options.get("mimic")
+        options = dict(self.options, mimic=mimic(sigma)) if callable(mimic) else self.options
+        d = guide(cond, uncond, self.scale(sigma), self.method, **options)
         blocks, weight, at = self.skip
         if blocks and sigma in at:
             d = d + weight * (cond - self.process.predict(self.net, x, sigma, dict(self.cond, skip=blocks)))
@@ -440,7 +467,7 @@ class Block(nn.Module):
         if cross:
             self.cross_attn = CrossAttention(width, heads, qk_norm)
         if mod == "adaln_single":
-            self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
+            self.scale_shift_table = nn.Parameter(nn.init.normal_(torch.empty(6, width), std=width**-0.5))
         else:
             out = (4 if mod == "adaln" else 6) * width
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, out))
@@ -483,7 +510,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.linear = nn.Linear(width, out)
         if mod == "adaln_single":
-            self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+            self.scale_shift_table = nn.Parameter(nn.init.normal_(torch.empty(2, width), std=width**-0.5))
         else:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.mod = mod
@@ -505,13 +532,14 @@ class DiT(nn.Module):
 
     def __init__(self, channels=4, out=4, patch=2, width=128, depth=4, heads=4, arch="cross",
                  mod="adaln_zero", qk_norm=False, rope=False, time="sin", base=0, stretch=1.0, classes=0,
-                 text_width=0, null_tokens=0, micro=False):
+                 text_width=0, null_tokens=0, micro=False, extra=0):
         super().__init__()
         if width % heads or width % 4:
             raise run.UserError(f"--width {width} does not divide over {heads} heads and 4; try {heads * 32}")
         self.patch, self.width, self.heads, self.arch, self.mod = patch, width, heads, arch, mod
         self.rope, self.base, self.stretch, self.channels, self.micro = rope, base, stretch, channels, micro
-        self.x_embedder = nn.ModuleDict(dict(proj=nn.Conv2d(channels, width, patch, patch)))
+        self.extra = extra                                   # channels read beside the noisy ones
+        self.x_embedder = nn.ModuleDict(dict(proj=nn.Conv2d(channels + extra, width, patch, patch)))
         self.t_embedder = TimeEmbed(width, time)
         if micro:                                            # PixArt-alpha 1024 is told the picture's size
             self.csize_embedder, self.ar_embedder = TimeEmbed(width // 3), TimeEmbed(width // 3)
@@ -581,7 +609,7 @@ class TextEncoder(nn.Module):
     def __init__(self, words, length, width, depth, heads):
         super().__init__()
         self.embed = nn.Embedding(words, width)
-        self.position = nn.Parameter(0.02 * torch.randn(length, width))
+        self.position = nn.Parameter(nn.init.normal_(torch.empty(length, width), std=0.02))
         self.layers = nn.ModuleList(nn.ModuleDict(dict(
             norm1=nn.LayerNorm(width), attn=Attention(width, heads), norm2=nn.LayerNorm(width),
             mlp=MLP(width, 4 * width))) for _ in range(depth))
@@ -606,7 +634,8 @@ class CaptionedDiT(nn.Module):
         if not text_width:
             self.text = TextEncoder(words, cfg.text_len, cfg.width, cfg.text_depth, cfg.heads)
         self.dit = DiT(channels, channels, cfg.patch, cfg.width, cfg.depth, cfg.heads, cfg.arch, cfg.mod,
-                       qk_norm=True, rope=cfg.rope, time=cfg.time_embed, text_width=text_width).init()
+                       qk_norm=True, rope=cfg.rope, time=cfg.time_embed, text_width=text_width,
+                       extra=(1 + channels) * cfg.inpaint).init()
 
     def forward(self, x, t, text, mask=None):
         if mask is None:
@@ -639,7 +668,8 @@ def load_latents(cfg, vae, buckets, device):
     if not cfg.data:
         return captions.encode(buckets, vae, device)
     source = captions.items(cfg.data, cfg.size, bucket_step(cfg))
-    return captions.cached(source, vae, device, Path(cfg.out, "latents"), cfg.vae or f"tiny {vae.scale!r}")
+    return captions.cached(source, vae, device, Path(cfg.out, "latents"), cfg.vae or f"tiny {vae.scale!r}",
+                           pixels=cfg.inpaint)
 
 
 def load_texts(cfg, texts, ddp):
@@ -769,6 +799,8 @@ def train(cfg):
         x0, level, noise, *text = (v.to(ddp.device) for v in (x0, level, noise, *text))
 
         x, t, target, weight = process.train_terms(x0, noise, level)
+        if cfg.inpaint:
+            x = torch.cat([x, pictures.holes(b.pixels[rows.numpy()], vae)], 1)
         with run.autocast(ddp.device):
             out = model(x, t, *text)
         loss = (weight * (out.float() - target) ** 2).mean()
@@ -837,7 +869,9 @@ def load_model(cfg, device):
     path = Path(cfg.model or cfg.out)
     if (path / "ema.safetensors").is_file():
         tensors, meta = run.load_weights(path / "ema.safetensors")
-        old = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()})
+        known = {f.name for f in dataclasses.fields(Config)}
+        old = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()
+                        if k in known})
         words = (PublicText(cfg.text or old.text_model, old.text_len, device) if old.text_model
                  else Words(meta["words"], old.text_len))
         net = captioned(old, words, meta["channels"])
@@ -888,11 +922,10 @@ def guided(cfg, model, net, texts, negative, scale, s):
     cond = {k: v[[unique.index(p) for p in texts]] for k, v in coded.items()}
     uncond = {k: v[[unique.index(negative)] * len(texts)] for k, v in coded.items()} if scale != 1 else None
     n, at = len(s) - 1, s[:-1].numpy()
-    if cfg.cfg_end >= 0:
-        def scale(sigma, ramp=np.linspace(scale, cfg.cfg_end, n)):
-            return float(np.interp(-sigma, -at, ramp))
+    scale = scheduled(scale, cfg.cfg_mode, cfg.cfg_min, cfg.power, at)
+    mimic = scheduled(cfg.mimic, cfg.mimic_mode, cfg.mimic_min, cfg.power, at)
     eta, norm, beta = cfg.apg
-    options = dict(mimic=cfg.mimic, phi=cfg.phi, eta=eta, norm=norm,
+    options = dict(mimic=mimic, phi=cfg.phi, eta=eta, norm=norm,
                    momentum=Momentum(beta) if beta else None)
     early = [float(v) for i, v in enumerate(at) if n < 100 * i < 20 * n]
     skip = tuple(map(int, cfg.skip_layers)), cfg.skip_scale, early
@@ -919,10 +952,11 @@ def generate(model, prompts, cfg, device, seeds, shape, init=None, mask=None, pr
 
     def to_picture(z):
         return vae.decode(z / vae.scale + vae.shift)
-    inpainter = getattr(model.net, "extra", 0)               # channels for mask and masked picture
+    extra = model.net.extra                                  # channels for a picture to follow, or a mask and
+    inpainter = extra not in (0, model.net.channels)         # what it leaves of the picture
     with memory.placed(vae, device, cfg.offload, ledger):
         z = None if init is None else to_latent(to_images(init[None]))
-        beside = pictures.beside(init, mask, shape, vae.factor, to_latent) if inpainter else None
+        beside = pictures.beside(model.net, cfg.control, init, mask, shape, vae, to_latent)
     size = (len(prompts), model.net.channels, shape[1] // vae.factor, shape[0] // vae.factor)
     noise = start_noise(seeds, size).to(device)
     if z is not None:
@@ -942,10 +976,10 @@ def generate(model, prompts, cfg, device, seeds, shape, init=None, mask=None, pr
         return x
 
     net = torch.compile(model.net, dynamic=False) if cfg.compile else model.net
-    net = pictures.WithChannels(net, beside) if inpainter else net
+    net = pictures.WithChannels(net, beside) if extra else net
     denoiser = guided(cfg, model, net, prompts, cfg.negative, scale, s)
     with memory.placed(model.net, device, cfg.offload, ledger, model.net.blocks):
-        x = SAMPLERS[sampler](denoiser, x, s, seeds, after=after)
+        x = SAMPLERS[sampler](denoiser, x, s, seeds, after=after, repaint=[int(n) for n in cfg.repaint])
     with memory.placed(vae, device, cfg.offload, ledger):
         made = to_pixels(torch.cat([to_picture(one) for one in x.split(1)]))
     return made if mask is None else np.stack([pictures.composite(m, init, mask, cfg.feather) for m in made])
@@ -954,7 +988,7 @@ def generate(model, prompts, cfg, device, seeds, shape, init=None, mask=None, pr
 # --- evaluate -----------------------------------------------------------
 
 
-SCALES = (1.5, 2.0, 2.5, 3.0, 4.0)
+SCALES = (1.25, 1.5, 2.0, 2.5, 3.0)
 
 
 def score(cfg, model, count, scale, part="validation", batch=64):
@@ -969,11 +1003,13 @@ def score(cfg, model, count, scale, part="validation", batch=64):
 
 
 def choose_scale(cfg, model, log):
-    """The guidance scale with most scenes exact on the validation captions; the test captions stay unseen."""
+    """The guidance scale whose worst distance to a goal is best on the validation captions (guidance trades
+    missing objects for stray ones); the test captions stay unseen."""
     rows = {scale: score(cfg, model, cfg.validate, scale)[0] for scale in SCALES}
     for scale, row in rows.items():
         log("validation", scale=scale, n=cfg.validate, **row)
-    return max(rows, key=lambda scale: (rows[scale]["exact"], -scale))
+    goal = PRESETS["scenes"]["goal"]
+    return max(rows, key=lambda scale: (min(rows[scale][field] - goal[field] for field in goal), -scale))
 
 
 def sample(cfg):
@@ -1016,7 +1052,7 @@ def evaluate(cfg, count=1000):
 def plan(cfg):
     """Parameters, work and memory of a training run, without allocating the model."""
     steps, channels = cfg.steps or cfg.train_steps, 4 if cfg.vae else cfg.latent
-    with torch.device("meta"):
+    with Outline():
         net = CaptionedDiT(cfg, 22, channels)
     params = sum(p.numel() for p in net.parameters())
     once = sum(p.numel() for n, p in net.dit.named_parameters() if "adaLN" in n or n.startswith("t_"))
@@ -1032,40 +1068,14 @@ def plan(cfg):
 
 
 def overfit(cfg, steps=400, count=8):
-    """The first test of any change: memorise 8 pictures, in pixels, without VAE or text encoder.
-
-    Fixed noise first: the loss must fall below 1 % of its start. Then fresh noise, and sampling must return
-    the picture that belongs to each caption."""
-    ddp = run.init(cfg.device)
+    """The first test of any change: memorise 8 pictures, in pixels, without VAE or text encoder."""
     run.seed_all(cfg.seed, 0, 0)
-    pixels, _ = scenes.scenes(count, cfg.seed, size=32)
-    x0, label = to_images(pixels).to(ddp.device), torch.arange(count, device=ddp.device)
-    net = DiT(3, 3, 4, 64, 2, 4, arch="label", qk_norm=True, classes=count).init().to(ddp.device)
-    optim = torch.optim.AdamW(net.parameters(), 2e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    process, losses = Process(), []
-    fixed = torch.randn_like(x0), torch.rand(count, device=ddp.device)
-    for step in run.progress(0, 4 * steps, ddp, "overfit"):
-        fresh = step > steps
-        noise, level = (torch.randn_like(x0), torch.rand_like(fixed[1]) ** 0.5) if fresh else fixed
-        x, t, target, _ = process.train_terms(x0, noise, level)
-        loss = ((net(x, t, label=label) - target) ** 2).mean()
-        optim.zero_grad()
-        loss.backward()
-        optim.step()
-        losses.append(loss.item())
-    with torch.no_grad():
-        denoiser = Denoiser(net.eval(), process, dict(label=label))
-        made = SAMPLERS["heun"](denoiser, start_noise(cfg.seed, x0.shape).to(x0), sigmas("flow", 20))
-    nearest = (made[:, None] - x0[None]).flatten(2).norm(dim=2).argmin(1)
-    right = int((nearest == label).sum())
-    ratio = losses[steps - 1] / losses[0]
-    path = Path(cfg.out, "overfit.png")
-    draw.save(draw.grid(np.concatenate([pixels, to_pixels(made)]), columns=count, scale=3), path)
-    print(f"fixed noise: loss {losses[0]:.3f} -> {losses[steps - 1]:.4f} ({100 * ratio:.2f} %); "
-          f"sampling returns {right} of {count}: {path}")
-    if ratio > 0.01 or right < count:
-        raise run.UserError("overfitting one batch failed: the model cannot learn yet")
-    return ratio, right
+    net = DiT(3, 3, 4, 64, 2, 4, arch="label", qk_norm=True, classes=count).init()
+
+    def sample(net, shape, **cond):
+        start = start_noise(cfg.seed, shape).to(next(net.parameters()))
+        return SAMPLERS["heun"](Denoiser(net.eval(), Process(), cond), start, sigmas("flow", 20))
+    return studio.overfit(cfg, net, Process(), sample, steps, count)
 
 
 def shapes(cfg):

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 
 import dit_t2i as t2i
 from common import run
-from common.t2i import (captions, clip, flux, memory, mmdit, pictures, prompts, public, safety, scenes, studio, t5,
-                        textcache, weights)
+from common.t2i import (captions, clip, flux, guidance, memory, mmdit, pictures, prompts, public, safety,
+                        scenes, studio, t5, textcache, weights)
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
@@ -230,6 +230,28 @@ def test_guidance_identities():
     assert (spread(mimic) <= spread(weak) + 1e-4).all()
     with pytest.raises(run.UserError, match="did you mean 'cfg'"):
         t2i.guide(c, u, 2.0, "cgf")
+
+
+def test_scales_run_over_the_steps_as_their_names_say():
+    at = np.linspace(1, 0.2, 5)                              # f = 0, 1/4, ... 1
+
+    def run_of(mode, power=1.0):
+        scale = guidance.scheduled(7.0, mode, 3.0, power, at)
+        return [(scale(s) - 3) / 4 for s in at]
+    assert guidance.scheduled(7.0, "constant", 3.0, 1.0, at) == 7.0
+    for mode, want in dict(linear_down=[1, 0.75, 0.5, 0.25, 0], linear_up=[0, 0.25, 0.5, 0.75, 1],
+                           cosine_down=np.cos(np.arange(5) * np.pi / 8),
+                           half_cosine_down=np.cos(np.arange(5) / 4),
+                           cosine_up=1 - np.cos(np.arange(5) * np.pi / 8),
+                           half_cosine_up=1 - np.cos(np.arange(5) / 4)).items():
+        np.testing.assert_allclose(run_of(mode), want, atol=1e-9)
+    np.testing.assert_allclose(run_of("power_up", 2), [0, 1 / 16, 1 / 4, 9 / 16, 1])
+    np.testing.assert_allclose(run_of("power_down", 2), [1, 15 / 16, 3 / 4, 7 / 16, 0])
+    np.testing.assert_allclose(run_of("linear_repeating", 2), [1, 0, 1, 0, 1], atol=1e-9)
+    np.testing.assert_allclose(run_of("cosine_repeating", 2), [1, 0, 1, 0, 1], atol=1e-9)
+    np.testing.assert_allclose(run_of("sawtooth", 2), [0, 0.5, 0, 0.5, 0], atol=1e-9)
+    # between two steps
+    assert abs(guidance.scheduled(7.0, "linear_down", 3.0, 1.0, at)(0.9) - 6.5) < 1e-9
 
 
 def test_guidance_costs_one_call_where_it_is_off():
@@ -562,7 +584,8 @@ def test_quantised_models_are_small_and_close(tmp_path):
     ("SD3-medium", mmdit.MMDiT, 2_028_328_000),
     ("SD3.5-medium", lambda: mmdit.MMDiT(table=384, qk_norm=True, dual=tuple(range(13))), 2_243_171_520),
     ("FLUX.1-dev", flux.Flux, 11_901_408_320), ("CLIP-L", clip.CLIPTextEncoder, 123_060_480),
-    ("T5 XXL", t5.T5Encoder, 4_762_310_656), ("own", lambda: t2i.CaptionedDiT(t2i.Config(), 22, 4), 2_138_128)])
+    ("T5 XXL", t5.T5Encoder, 4_762_310_656),
+    ("own", lambda: t2i.CaptionedDiT(t2i.Config(), 22, 4), 2_138_128)])
 def test_int8_takes_less_than_three_tenths_at_real_size(name, make, params):
     with torch.device("meta"):                               # sizes without memory
         net = make()
@@ -623,7 +646,8 @@ def test_windows_keep_every_token_and_whole_words(clip_folder):
     assert all(len(row) <= 75 and tokenizer.ends_word(row[-1][0]) for row in rows)
     assert prompts.windows("", tokenizer) == [[]]
     ids, weights_ = prompts.to_ids(rows, tokenizer.start, tokenizer.end, tokenizer.pad, 77)
-    assert (ids[:, 0] == tokenizer.start).all() and set(weights_.unique().tolist()) == {1.0, float(np.float32(1.2))}
+    assert (ids[:, 0] == tokenizer.start).all()
+    assert set(weights_.unique().tolist()) == {1.0, float(np.float32(1.2))}
     hidden, empty = torch.randn(len(rows), 77, 4), torch.randn(77, 4)
     got = prompts.weigh(hidden, weights_, empty)
     assert torch.equal(got[weights_ == 1], hidden[weights_ == 1])
@@ -635,11 +659,13 @@ def test_one_counted_token_equals_many_equal_ones():
     torch.manual_seed(0)
     for options in ({}, dict(qk_norm=True, dual=(0,))):
         net = randomised(mmdit.MMDiT(4, 2, 3, 64, 2, 24, 16, table=8, **options), 0.2)
-        x, t, text, pooled = torch.randn(2, 4, 8, 8), torch.tensor([900.0, 30.0]), torch.randn(2, 5, 24), torch.randn(2, 16)
+        x, t = torch.randn(2, 4, 8, 8), torch.tensor([900.0, 30.0])
+        text, pooled = torch.randn(2, 5, 24), torch.randn(2, 16)
         many = torch.cat([text, torch.zeros(2, 256, 24)], 1)
         one = torch.cat([text, torch.zeros(2, 1, 24)], 1)
         want = net(x, t, many, pooled)
-        torch.testing.assert_close(net(x, t, one, pooled, last_counts=torch.full((2,), 256)), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(net(x, t, one, pooled, last_counts=torch.full((2,), 256)), want,
+                                   rtol=1e-4, atol=1e-5)
         assert (net(x, t, one, pooled) - want).abs().max() > 1e-3
 
 
@@ -652,9 +678,12 @@ def test_the_text_cache_reads_back_what_it_wrote(tmp_path):
         return dict(text=torch.randn(len(texts), 6, 3) * mask[..., None], mask=mask)
     cache = textcache.TextCache(tmp_path, "a", encode, batch=2)
     first = cache(["ab", "abcd", "ab", "abc"])
-    assert calls == [2, 1] and torch.equal(first["text"][0], first["text"][2]) and first["text"].shape == (4, 6, 3)
+    assert calls == [2, 1] and torch.equal(first["text"][0],
+                                           first["text"][2]) and first["text"].shape == (4, 6, 3)
     again = cache(["abc", "ab"])
-    assert calls == [2, 1] and torch.equal(again["text"][0], first["text"][3]) and torch.equal(again["mask"][1], first["mask"][0])
+    assert calls == [2, 1] and torch.equal(again["text"][0],
+                                           first["text"][3]) and torch.equal(again["mask"][1],
+                                                                             first["mask"][0])
     damaged = cache.path("ab", None)
     damaged.write_bytes(damaged.read_bytes()[:40])
     cache(["ab"])
@@ -678,7 +707,8 @@ def test_safety_checker_layouts_offset_and_actions(tmp_path):
     flags = [sum(checker(pixels, offset)) for offset in (-3, -0.3, 0.0, 0.3, 3)]
     assert flags == sorted(flags) and flags[0] == 0 and flags[-1] == 6
     e = F.normalize(checker.embed(pixels[:1]))
-    cosine = float(e @ F.normalize(checker.special_care_embeds[:1]).T) - float(checker.special_care_embeds_weights[0])
+    care, least = checker.special_care_embeds[:1], checker.special_care_embeds_weights[0]
+    cosine = float(e @ F.normalize(care).T) - float(least)
     assert checker.scores(pixels[:1])[0]["special"][0] == round(cosine, 3)
     assert (pictures.block(pixels[0], "black") == 0).all()
     assert np.array_equal(pictures.block(pixels[0], "report"), pixels[0])
@@ -710,7 +740,8 @@ def test_the_judge_reads_real_renders_and_sees_every_mistake():
 def test_validation_and_test_captions_are_never_drawn_for_training():
     train, tuning, test = (set(scenes.captions(part)) for part in ("train", "validation", "test"))
     assert not (train & test or train & tuning or tuning & test) and len(test) > 300 and len(tuning) > 150
-    assert all(zlib.crc32(c.encode()) % 10 == 0 for c in test) and len(train | tuning | test) == 36 + 36 * 30 * 4
+    assert all(zlib.crc32(c.encode()) % 10 == 0
+               for c in test) and len(train | tuning | test) == 36 + 36 * 30 * 4
     _, texts = scenes.scenes(2000, 1)
     assert set(texts) <= train
     single = sum(" a " not in t for t in texts) / 2000
@@ -797,6 +828,15 @@ def test_the_latent_cache_encodes_once_and_keeps_vaes_apart(tmp_path):
 
 
 @pytest.fixture(scope="module")
+def captioned_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("captioned")
+    for k in range(8):
+        Image.fromarray(scenes.draw(scenes.captions()[k * 50], k, 32)).save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text("the cat sat at the hat" if k % 2 else "cat")
+    return folder
+
+
+@pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run directory of the smoke preset: every stage once."""
     out = str(tmp_path_factory.mktemp("run") / "a")
@@ -858,7 +898,8 @@ def test_training_on_a_captioned_folder_in_two_buckets(tmp_path, trained):
         picture = Image.fromarray(scenes.draw(scenes.captions()[k * 50], k, 64))
         picture.crop((0, 0, 64, 64 if k % 2 else 32)).save(tmp_path / "in" / f"{k}.png")
         (tmp_path / "in" / f"{k}.txt").write_text(scenes.captions()[k * 50])
-    cfg = dataclasses.replace(trained, data=str(tmp_path / "in"), out=str(tmp_path / "o"), vae_steps=4, train_steps=4)
+    cfg = dataclasses.replace(trained, data=str(tmp_path / "in"), out=str(tmp_path / "o"), vae_steps=4,
+                              train_steps=4)
     t2i.train(cfg)
     assert len(list((tmp_path / "o/latents").rglob("*.safetensors"))) == 12
     made = make(t2i.load_model(cfg, torch.device("cpu")), cfg, ("a small red square",))
@@ -900,6 +941,74 @@ def test_inpainting_keeps_every_byte_outside_the_mask(model, trained):
         assert np.array_equal(made[~mask], init[~mask]) and not np.array_equal(made[mask], init[mask])
     cells = pictures.latent_mask(mask, 4)[0, 0].bool().numpy()
     assert (np.kron(cells, np.ones((4, 4))).astype(bool) | ~mask).all()  # touched cells are repainted
+
+
+def test_repaint_goes_back_and_keeps_the_distribution():
+    """The walk of the paper's figure; and jumps of an exact Gaussian denoiser leave its mean and variance."""
+    assert t2i.walk(4) == [0, 1, 2, 3] and t2i.walk(5, 2, 2) == [0, 1, 0, 1, 2, 3, 2, 3, 4, 4]
+    for space, levels in (("flow", torch.linspace(1, 0, 41)), ("ve", torch.linspace(5, 0, 81) ** 2)):
+        def exact(x, s, space=space):                        # data N(0.5, 0.3^2)
+            a = t2i.alpha(float(s), space)
+            return 0.5 + a * 0.09 / (a * a * 0.09 + s * s) * (x - a * 0.5)
+        calls, x = [], torch.randn(20, 1000, generator=torch.Generator().manual_seed(1)) * levels[0]
+        end = t2i.SAMPLERS["heun"](lambda x, s: (calls.append(s), exact(x, s).float())[1], x, levels, 0,
+                                   space,
+                                   repaint=(5, 3))
+        assert len(calls) == 3 * 2 * (len(levels) - 1) - 3   # one call in the last step, done three times
+        # 20,000 draws: the mean is known to 0.002, the spread to 0.0015; the last step narrows it by 1 %
+        assert abs(float(end.mean()) - 0.5) < 0.008 and abs(float(end.std()) - 0.3) < 0.008
+
+
+def test_repaint_changes_the_masked_part_only(model, trained):
+    init, mask = scenes.draw(PROMPT, 1), np.zeros((32, 32), bool)
+    mask[5:17, 9:22] = True
+    plain, again = (make(model, dataclasses.replace(trained, strength=1.0, repaint=r), init=init,
+                         mask=mask)[0]
+                    for r in ((1, 1), (2, 3)))
+    assert np.array_equal(again[~mask], init[~mask]) and not np.array_equal(again[mask], plain[mask])
+
+
+def test_an_inpainting_model_is_trained_and_reads_mask_and_picture(tmp_path, trained, captioned_folder):
+    out = str(tmp_path / "o")
+    cfg = dataclasses.replace(trained, out=out, inpaint=True, train_steps=6, vae_steps=4)
+    t2i.train(cfg)
+    model = t2i.load_model(cfg, torch.device("cpu"))
+    assert model.net.extra == 5 and model.net.x_embedder["proj"].weight.shape[1] == 9
+    init, other, mask = scenes.draw(PROMPT, 1), scenes.draw(PROMPT, 2), np.zeros((32, 32), bool)
+    mask[5:17, 9:22] = True
+    change = dataclasses.replace(cfg, strength=1.0)
+    made = [make(model, change, init=i, mask=mask)[0] for i in (init, other)]
+    assert all(np.array_equal(m[~mask], i[~mask]) for m, i in zip(made, (init, other)))
+    assert not np.array_equal(made[0][mask], made[1][mask])  # what is around the hole reaches what fills it
+    assert make(model, cfg).std() > 0                        # without a picture all of it is painted
+    onto = dataclasses.replace(cfg, data=str(captioned_folder), out=str(tmp_path / "d"), train_steps=2)
+    t2i.train(onto)
+    assert t2i.load_model(onto, torch.device("cpu")).net.extra == 5
+
+
+def test_holes_hide_exactly_what_the_mask_says():
+    class VAE(torch.nn.Module):                              # latents that are the picture itself, 4x smaller
+        scale, shift, factor = 2.0, 0.5, 4
+
+        def __init__(self):
+            super().__init__()
+            self.p = torch.nn.Parameter(torch.zeros(1))
+
+        def encode(self, image):
+            return F.avg_pool2d(image, 4), None
+    np.random.seed(0)
+    rest = pictures.holes(np.full((400, 32, 32, 3), 255, np.uint8), VAE())
+    mask, held = rest[:, :1], rest[:, 1:] / 2 + 0.5
+    assert rest.shape == (400, 4, 8, 8) and set(mask.unique().tolist()) == {0.0, 1.0}
+    gone = (held == 0).all(1, keepdim=True)                  # grey: every pixel of the cell is masked
+    assert (mask[gone] == 1).all() and (held[(mask == 0).expand_as(held)] > 0).all()
+    whole = mask.flatten(1).all(1).float().mean()
+    assert 0.06 < whole < 0.2 and 0.2 < float(mask.mean()) < 0.6
+    painted = pictures.masked(torch.ones(1, 3, 32, 32), torch.eye(32)[None, None], 4,
+                              lambda v: F.avg_pool2d(v, 4),
+                              whole=True)
+    assert painted.shape == (1, 3 + 16, 8, 8)                # FLUX fill: every pixel of the mask
+    assert torch.equal(F.pixel_shuffle(painted[:, 3:], 4), torch.eye(32)[None, None])
 
 
 def test_nothing_non_finite_reaches_a_picture(model, trained):
@@ -963,28 +1072,23 @@ def test_user_mistakes_are_one_line_and_exit_2(trained, tmp_path):
         assert line.startswith("dit_t2i.py: error: ") and words in line
 
 
-@pytest.fixture(scope="module")
-def captioned_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("captioned")
-    for k in range(8):
-        Image.fromarray(scenes.draw(scenes.captions()[k * 50], k, 32)).save(folder / f"{k}.png")
-        (folder / f"{k}.txt").write_text("the cat sat at the hat" if k % 2 else "cat")
-    return folder
-
-
-def test_training_reads_captions_through_a_frozen_public_encoder_once(tmp_path, trained, captioned_folder, t5_folder):
+def test_training_reads_captions_through_a_frozen_public_encoder_once(tmp_path, trained, captioned_folder,
+                                                                      t5_folder):
     tower = tmp_path / "tower"
     (tower / "text_encoder").mkdir(parents=True)
     (tower / "tokenizer").mkdir()
     (tower / "tokenizer" / "spiece.model").write_bytes((t5_folder / "spiece.model").read_bytes())
     net = randomised(t5.T5Encoder(32, 2, 16, 48, 2, 200), 0.3)
-    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tower / "text_encoder" / "model.safetensors")
-    cfg = dataclasses.replace(trained, data=str(captioned_folder), out=str(tmp_path / "o"), vae_steps=2, train_steps=3,
+    save_file({k: v.contiguous() for k, v in net.state_dict().items()},
+              tower / "text_encoder" / "model.safetensors")
+    cfg = dataclasses.replace(trained, data=str(captioned_folder), out=str(tmp_path / "o"), vae_steps=2,
+                              train_steps=3,
                               text_model=str(tower), text_len=16)
     with pytest.MonkeyPatch.context() as patch:
         count = []
         forward = t5.T5Encoder.forward
-        patch.setattr(t5.T5Encoder, "forward", lambda self, ids, mask=None: (count.append(len(ids)), forward(self, ids, mask))[1])
+        patch.setattr(t5.T5Encoder, "forward", lambda self, ids,
+                      mask=None: (count.append(len(ids)), forward(self, ids, mask))[1])
         t2i.train(cfg)
         assert sum(count) == 3                               # two captions and the empty one
     assert len(list((tmp_path / "o/texts").rglob("*.safetensors"))) == 3
@@ -1011,9 +1115,11 @@ def test_a_crop_is_repainted_at_full_size_and_pasted_back(model, trained, tmp_pa
     Image.fromarray(whole).save(tmp_path / "whole.png")
     Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / "mask.png")
     left, top, right, bottom = pictures.region(mask, 5, 1.0)
-    assert right - left == bottom - top == 35 and left <= 60 - 5 and right >= 85 and top <= 15 and bottom >= 36
+    assert right - left == bottom - top == 35
+    assert left <= 60 - 5 and right >= 85 and top <= 15 and bottom >= 36
     assert pictures.region(mask, 500, 2.0) == (0, 0, 90, 70)
-    cfg = dataclasses.replace(trained, init=str(tmp_path / "whole.png"), mask=str(tmp_path / "mask.png"), crop=5,
+    cfg = dataclasses.replace(trained, init=str(tmp_path / "whole.png"), mask=str(tmp_path / "mask.png"),
+                              crop=5,
                               strength=1.0, out=str(tmp_path / "o"), model=trained.out, prompt=PROMPT)
     made, = t2i.sample(cfg)
     assert made.shape == whole.shape and np.array_equal(made[~mask], whole[~mask])
@@ -1038,8 +1144,16 @@ def test_guidance_can_fall_and_blocks_can_be_skipped(model, trained):
     real = t2i.guide
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(t2i, "guide", lambda c, u, w, *a, **k: (scales.append(w), real(c, u, w, *a, **k))[1])
-        make(model, dataclasses.replace(trained, steps=5, cfg=4.0, cfg_end=2.0, sampler="euler"))
+        make(model, dataclasses.replace(trained, steps=5, cfg=4.0, cfg_mode="linear_down", cfg_min=2.0,
+                                         sampler="euler"))
     np.testing.assert_allclose(scales, [4.0, 3.5, 3.0, 2.5, 2.0])
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:              # the scale that is imitated runs as well
+        patch.setattr(t2i, "guide", lambda *a, mimic,
+                      **k: (seen.append(mimic), real(*a, mimic=mimic, **k))[1])
+        make(model, dataclasses.replace(trained, steps=5, guidance="mimic", cfg=9.0, mimic=5.0, mimic_min=1.0,
+                                        mimic_mode="linear_down", sampler="euler"))
+    np.testing.assert_allclose(seen, [5.0, 4.0, 3.0, 2.0, 1.0])
 
 
 def test_the_noise_strip_has_the_variance_of_every_schedule(tmp_path):
@@ -1058,8 +1172,9 @@ def test_the_noise_strip_has_the_variance_of_every_schedule(tmp_path):
 
 
 def _fsdp_rank(rank, port, folder):
-    """A straight run, and one stopped in the transformer and continued, by two ranks that share parameters."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    """A straight run, and one stopped in the transformer and continued; two ranks share the parameters."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=port)
     torch.set_num_threads(1)
     base = t2i.Config(**{**t2i.PRESETS["smoke"]["set"], "preset": "smoke", "device": "cpu", "fsdp": True,
                          "vae_steps": 4, "train_steps": 12, "save_every": 5, "out": folder + "/straight"})
@@ -1088,7 +1203,8 @@ def test_two_sharded_ranks_resume_bit_for_bit(tmp_path):
     torch.multiprocessing.spawn(_fsdp_rank, (port, str(tmp_path)), nprocs=2)
     a, b = (load_file(tmp_path / name / "ema.safetensors") for name in ("straight", "stopped"))
     assert len(a) > 50 and all(torch.equal(a[k], b[k]) for k in a)
-    t2i.load_model(t2i.Config(out=str(tmp_path / "straight")), torch.device("cpu"))      # whole tensors, no shards
+    # whole tensors, no shards
+    t2i.load_model(t2i.Config(out=str(tmp_path / "straight")), torch.device("cpu"))
 
 
 def test_every_preset_builds_and_plans(capsys):

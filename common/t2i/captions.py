@@ -235,8 +235,8 @@ def pick(buckets, *key):
 
 
 @torch.no_grad()
-def cached(source, vae, device, folder, vae_id, batch=16):
-    """Latents of Items, each encoded once -> [Bucket].
+def cached(source, vae, device, folder, vae_id, batch=16, pixels=False):
+    """Latents of Items, each encoded once -> [Bucket]; pixels: with their pixels, to cut holes into them.
 
     One file an item, named by the hash of picture, VAE and bucket: the same command continues, and caches of
     different VAEs never mix."""
@@ -251,14 +251,14 @@ def cached(source, vae, device, folder, vae_id, batch=16):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_file(pair, path.with_suffix(".tmp"))
                 path.with_suffix(".tmp").rename(path)
-                rows.setdefault(bucket, []).append((item.caption, pair["mean"], pair["logvar"]))
+                rows.setdefault(bucket, []).append((item, pair["mean"], pair["logvar"]))
 
     for item in source:
         name = hashlib.sha256(f"{item.key} {vae_id} {item.bucket}".encode()).hexdigest()
         path = folder / name[:2] / f"{name}.safetensors"
         try:
             with safe_open(path, "pt") as file:
-                rows.setdefault(item.bucket, []).append((item.caption, file.get_tensor("mean"),
+                rows.setdefault(item.bucket, []).append((item, file.get_tensor("mean"),
                                                          file.get_tensor("logvar")))
         except (OSError, SafetensorError):                   # absent or damaged: encode it (again)
             waiting.setdefault(item.bucket, []).append((item, path))
@@ -266,8 +266,8 @@ def cached(source, vae, device, folder, vae_id, batch=16):
                 flush(item.bucket)
     for bucket in list(waiting):
         flush(bucket)
-    return [Bucket([c for c, _, _ in r], None, torch.stack([m for _, m, _ in r]),
-                   torch.stack([v for _, _, v in r]))
+    return [Bucket([i.caption for i, _, _ in r], np.stack([i.pixels for i, _, _ in r]) if pixels else None,
+                   torch.stack([m for _, m, _ in r]), torch.stack([v for _, _, v in r]))
             for _, r in sorted(rows.items())]
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from common.files import read_json
 from common.flags import UserError
-from common.t2i.weights import Checkpoint, fill
+from common.t2i.weights import Checkpoint, Outline, fill
 
 START, END, LENGTH = "<|startoftext|>", "<|endoftext|>", 77
 # the regular expression \s of the published tokenizers is White_Space; str.isspace() adds four control
@@ -73,7 +73,8 @@ def read_vocabulary(folder):
             merges = [tuple(m.split() if isinstance(m, str) else m) for m in tree["model"]["merges"]]
             vocabulary = tree["model"]["vocab"] | {t["content"]: t["id"] for t in tree["added_tokens"]}
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / 'tokenizer.json'} is not CLIP's: {type(error).__name__} {error}") from None
+            raise UserError(f"{folder / 'tokenizer.json'} is not CLIP's: {type(error).__name__} "
+                            f"{error}") from None
         return _sound(vocabulary, merges, folder / "tokenizer.json")
     if (folder / "bpe_simple_vocab_16e6.txt.gz").is_file():
         with gzip.open(folder / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
@@ -86,13 +87,14 @@ def read_vocabulary(folder):
 
 
 def _sound(vocabulary, merges, path):
-    """(vocabulary, merges), or UserError: every byte and both ends must have an id, or some caption has none."""
+    """(vocabulary, merges), or UserError: every byte and both ends must have an id, or a caption has none."""
     base = byte_symbols().values()
     missing = [w for w in (START, END, *base, *(c + "</w>" for c in base)) if w not in vocabulary]
     odd = [w for w, i in vocabulary.items() if type(i) is not int or not 0 <= i < 1 << 20]
     pairs = [m for m in merges if len(m) != 2 or not all(isinstance(p, str) for p in m)]
     if missing or odd or pairs:
-        what = f"no id for '{missing[0]}'" if missing else f"'{odd[0]}' has no id" if odd else f"merge {str(pairs[0])[:60]}"
+        what = (f"no id for '{missing[0]}'" if missing else f"'{odd[0]}' has no id" if odd
+                else f"merge {str(pairs[0])[:60]}")
         raise UserError(f"{path} is not CLIP's: {what}")
     return vocabulary, merges
 
@@ -252,7 +254,7 @@ class CLIPTextEncoder(nn.Module):
         project = files.shapes.get("text_projection.weight", (0,))[0]
         quick = config.get("hidden_act", "quick_gelu" if width == 768 else "gelu") == "quick_gelu"
         heads = config.get("num_attention_heads", max(width // 64, 1))
-        with torch.device("meta"):
+        with Outline():
             net = cls(width, files.count("encoder.layers."), heads,
                       files.shapes["encoder.layers.0.mlp.fc1.weight"][0],
                       vocabulary, project, quick, end=vocabulary - 1)

@@ -12,7 +12,10 @@ from torch import nn
 from common.t2i.dit_blocks import MLP, Attention, RMSNorm, gate, modulate, norm, time_features
 from common.t2i.memory import KEEP
 from common.t2i.mmdit import Final, two_layers
-from common.t2i.weights import fill
+from common.t2i.weights import Outline, fill
+
+
+MASK = 64                                                    # mask pixels of a latent cell, 8 x 8
 
 
 def axes_of(head):
@@ -80,14 +83,17 @@ class Single(nn.Module):
 class Flux(nn.Module):
     """net(x [B, C, H, W], t [B] in 0..1000, text [B, L, E], pooled [B, P], guidance [B]) -> velocity.
 
-    guidance: the scale that FLUX.1-dev was distilled at; schnell has no such input. skip: as in MMDiT."""
-    patch, extra = 2, 0
+    guidance: the scale that FLUX.1-dev was distilled at; schnell has no such input. skip: as in MMDiT.
+    extra: channels read beside the C noisy ones: latents of a picture to follow (canny, depth), or latents of
+    a masked picture and its mask (fill)."""
+    patch = 2
 
     def __init__(self, channels=16, width=3072, heads=24, double=19, single=38, text_width=4096,
-                 pooled_width=768, guidance=True, axes=()):
+                 pooled_width=768, guidance=True, axes=(), extra=0):
         super().__init__()
-        self.channels, self.axes = channels, tuple(axes) or axes_of(width // heads)
-        self.img_in, self.txt_in = nn.Linear(4 * channels, width), nn.Linear(text_width, width)
+        self.channels, self.extra, self.axes = channels, extra, tuple(axes) or axes_of(width // heads)
+        self.img_in = nn.Linear(4 * (channels + extra), width)
+        self.txt_in = nn.Linear(text_width, width)
         self.time_in, self.vector_in = two_layers(256, width), two_layers(pooled_width, width)
         if guidance:
             self.guidance_in = two_layers(256, width)
@@ -121,7 +127,7 @@ class Flux(nn.Module):
     def load(cls, files, dtype, config, **storage):
         """From a Checkpoint in either spelling; without a config heads are 128 wide, as in public files."""
         files = (from_diffusers if files.count("single_transformer_blocks.") else plain_names)(files)
-        with torch.device("meta"):
+        with Outline():
             net = cls(**settings(files, config))
         return fill(net, files, dtype, skip=KEEP, **storage).eval()
 
@@ -129,11 +135,13 @@ class Flux(nn.Module):
 def settings(files, config):
     shapes = files.shapes
     width, inputs = shapes["img_in.weight"]
-    if inputs != shapes["final_layer.linear.weight"][0]:
-        raise files.wrong_family(f"a FLUX.1 dev or schnell transformer (it reads {inputs} numbers a token; "
-                                 "FLUX fill and control are not supported)", "img_in.weight of [3072, 64]")
+    channels = shapes["final_layer.linear.weight"][0] // 4
+    extra = inputs // 4 - channels
+    if extra not in (0, channels, channels + MASK):
+        raise files.wrong_family(f"a FLUX.1 transformer (it reads {inputs} numbers a token; dev and schnell "
+                                 "read 64, canny and depth 128, fill 384)", "img_in.weight of [3072, 64]")
     heads = config.get("num_attention_heads") or max(width // 128, 1)
-    return dict(channels=inputs // 4, width=width, heads=heads,
+    return dict(channels=channels, extra=extra, width=width, heads=heads,
                 double=files.count("double_blocks."), single=files.count("single_blocks."),
                 text_width=shapes["txt_in.weight"][1], pooled_width=shapes["vector_in.0.weight"][1],
                 guidance="guidance_in.0.weight" in shapes, axes=config.get("axes_dims_rope", ()))

@@ -1,4 +1,7 @@
 """Ways to combine a prediction with the caption and one without it."""
+import math
+
+import numpy as np
 import torch
 
 from common.flags import UserError, unknown
@@ -40,6 +43,29 @@ def guide(cond, uncond, scale, method="cfg", *, phi=0.7, percentile=0.995, mimic
     elif method == "mimic":
         g = _mimic(g, u + mimic * (c - u), mimic_percentile, measure, startpoint, per_channel)
     return g.to(cond.dtype)
+
+
+# What a scale does over the steps of a run: f goes from 0 to 1, p is --power. Names and formulas are those of
+# sd-dynamic-thresholding; its half cosines end at cos(1).
+MODES = dict(
+    constant=lambda f, p: 1.0,
+    linear_down=lambda f, p: 1 - f, linear_up=lambda f, p: f,
+    cosine_down=lambda f, p: math.cos(f * math.pi / 2), cosine_up=lambda f, p: 1 - math.cos(f * math.pi / 2),
+    half_cosine_down=lambda f, p: math.cos(f), half_cosine_up=lambda f, p: 1 - math.cos(f),
+    power_down=lambda f, p: 1 - f**p, power_up=lambda f, p: f**p,
+    linear_repeating=lambda f, p: abs(1 - 2 * (f * p % 1)), sawtooth=lambda f, p: f * p % 1,
+    cosine_repeating=lambda f, p: 0.5 + 0.5 * math.cos(2 * math.pi * f * p))
+
+
+def scheduled(scale, mode, least, power, sigmas):
+    """A scale that runs between itself and `least` over the steps -> the number, or a function of sigma.
+
+    sigmas: the falling levels at which steps start; between them (samplers of two calls) it is linear."""
+    if mode == "constant":
+        return scale
+    at, n = -np.asarray(sigmas, float), max(len(sigmas) - 1, 1)
+    values = [least + (scale - least) * MODES[mode](i / n, power) for i in range(len(sigmas))]
+    return lambda sigma: float(np.interp(-sigma, at, values))
 
 
 class Momentum:

@@ -13,7 +13,7 @@ from torch import nn
 from common.t2i.dit_blocks import MLP, Attention, gate, modulate, norm, patches_to_image, time_features
 from common.flags import UserError
 from common.t2i.memory import KEEP
-from common.t2i.weights import fill
+from common.t2i.weights import Outline, fill
 
 
 # --- blocks --------------------------------------------------------------
@@ -68,12 +68,14 @@ class JointBlock(nn.Module):
         qkv_t, kept_t = self.context_block.before(text, c)
         qkv_x, kept_x = self.x_block.before(x, c)
         q, k, v = self.x_block.attn.joined(self.context_block.attn, qkv_t, qkv_x)
+        words = text.shape[1]
+        if self.context_block.pre_only:                      # nobody reads what the text would attend to
+            out = F.scaled_dot_product_attention(q[:, :, words:], k, v, attn_mask=counts)
+            return self.x_block.after(x, out.transpose(1, 2).flatten(2), kept_x), text
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=counts).transpose(1, 2).flatten(2)
         # copied: a linear layer on a slice of a batch costs more than copy and product together
-        out_t, out_x = (o.contiguous() for o in out.split([text.shape[1], x.shape[1]], 1))
-        if not self.context_block.pre_only:
-            text = self.context_block.after(text, out_t, kept_t)
-        return self.x_block.after(x, out_x, kept_x), text
+        out_t, out_x = (o.contiguous() for o in out.split([words, x.shape[1]], 1))
+        return self.x_block.after(x, out_x, kept_x), self.context_block.after(text, out_t, kept_t)
 
 
 class Features(nn.Module):
@@ -145,7 +147,7 @@ class MMDiT(nn.Module):
         """From a Checkpoint in either spelling; head width is 64 in every public model unless `heads` says
         otherwise."""
         files = from_diffusers(files) if "transformer_blocks.0.attn.to_q.weight" in files.shapes else files
-        with torch.device("meta"):
+        with Outline():
             net = cls(**settings(files, heads))
         return fill(net, files, dtype, skip=KEEP, **storage).eval()
 

@@ -57,14 +57,46 @@ def latent_mask(mask_HW, factor):
     return F.max_pool2d(torch.from_numpy(mask_HW).float()[None, None], factor)
 
 
-def beside(init, mask_HW, shape, factor, to_latent):
-    """What an inpainting model reads beside the noisy latents: mask cells and the latents of the picture with
-    the masked part grey -> [1, 1 + z, H/f, W/f]. Without a picture everything is masked."""
+def beside(net, control, init, mask_HW, shape, vae, to_latent):
+    """What the network reads beside the noisy latents -> [1, net.extra, H/f, W/f], or None.
+
+    As many channels as latents: the latents of the --control picture. Otherwise mask and picture: without a
+    picture everything is masked."""
+    if not net.extra:
+        return None
+    if net.extra == net.channels:
+        if not control:
+            raise UserError("this model follows a picture: give it with --control PICTURE")
+        return to_latent(to_images(read_rgb(control, shape)[None]))
     w, h = shape
     mask = torch.ones(1, 1, h, w) if mask_HW is None else torch.from_numpy(mask_HW).float()[None, None]
-    image = torch.zeros(1, 3, h, w) if init is None else to_images(init[None]) * (1 - mask)
-    held = to_latent(image)
-    return torch.cat([F.interpolate(mask, (h // factor, w // factor)).to(held), held], 1)
+    image = torch.zeros(1, 3, h, w) if init is None else to_images(init[None])
+    return masked(image, mask, vae.factor, to_latent, whole=net.extra > net.channels + 1)
+
+
+def masked(image, mask_B1HW, factor, to_latent, whole=False):
+    """Mask and latents of the picture with the masked part grey -> [B, 1 + z, H/f, W/f]: one mask pixel a
+    cell. whole (FLUX fill): latents first, then all f * f mask pixels of the cell -> [B, z + f^2, ...]."""
+    held = to_latent(image * (1 - mask_B1HW))
+    if whole:
+        return torch.cat([held, F.pixel_unshuffle(mask_B1HW, factor).to(held)], 1)
+    return torch.cat([F.interpolate(mask_B1HW, held.shape[2:]).to(held), held], 1)
+
+
+@torch.no_grad()
+def holes(pixels_BHWC, vae, everything=0.1):
+    """Training pictures with a rectangle cut out of each -> what `masked` makes of them; `everything`: the
+    part that loses the whole picture, so that the model can also paint without one."""
+    image, rng = to_images(pixels_BHWC), np.random
+    B, _, H, W = image.shape
+    mask = torch.zeros(B, 1, H, W)
+    for one in mask:
+        h, w = (H, W) if rng.random() < everything else (rng.randint(n // 4, n + 1) for n in (H, W))
+        top, left = rng.randint(H - h + 1), rng.randint(W - w + 1)
+        one[:, top:top + h, left:left + w] = 1
+    device = next(vae.parameters()).device
+    return masked(image.to(device), mask.to(device), vae.factor,
+                  lambda v: (vae.encode(v)[0].float() - vae.shift) * vae.scale)
 
 
 class WithChannels(torch.nn.Module):

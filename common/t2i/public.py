@@ -18,7 +18,7 @@ from common.t2i.conditioning import Conditioning
 from common.t2i.flux import Flux
 from common.t2i.mmdit import MMDiT
 from common.t2i.textcache import TextCache, fingerprint
-from common.t2i.weights import Checkpoint, fill
+from common.t2i.weights import Checkpoint, Outline, fill
 from common.vae import AutoencoderKL
 
 SINGLE = "model.diffusion_model."                            # prefix inside single-file releases
@@ -118,7 +118,7 @@ def dit_settings(files, config, positions):
 
 def load_dit(files, DiT, positions, dtype, config, **storage):
     files = from_diffusers(files) if files.count("transformer_blocks.") else files
-    with torch.device("meta"):
+    with Outline():
         net = DiT(**dit_settings(files, config, positions))
     return fill(net, files, dtype, ignore=("pos_embed",), skip=memory.KEEP, **storage).eval()
 

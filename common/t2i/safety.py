@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from common.t2i.clip import layers, read_config
-from common.t2i.weights import Checkpoint, fill
+from common.t2i.weights import Checkpoint, Outline, fill
 
 
 # --- image tower ---------------------------------------------------------
@@ -66,7 +66,7 @@ class SafetyChecker(nn.Module):
             raise files.wrong_family("a safety checker", "concept_embeds")
         width, _, patch, _ = files.shapes["vision_model.embeddings.patch_embedding.weight"]
         config = read_config(source).get("vision_config", {})
-        with torch.device("meta"):
+        with Outline():
             net = cls(width, files.count("vision_model.encoder.layers."),
                       config.get("num_attention_heads", max(width // 64, 1)),
                       files.shapes["vision_model.encoder.layers.0.mlp.fc1.weight"][0], patch,

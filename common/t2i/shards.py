@@ -51,5 +51,6 @@ def _like(value, param):
     sharded = hasattr(param, "to_local") and torch.is_tensor(value)
     if not sharded or value.shape != param.to_local().shape:
         return value
-    return type(param).from_local(value, param.device_mesh, param.placements, run_check=False, shape=param.shape,
+    return type(param).from_local(value, param.device_mesh, param.placements, run_check=False,
+                                  shape=param.shape,
                               stride=param.stride())

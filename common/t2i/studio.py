@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import draw
+from common import draw, run
 from common.t2i import captions, memory, pictures, public, scenes
 from common.flags import UserError
 from common.t2i.safety import SafetyChecker
@@ -20,15 +20,18 @@ from common.sealed import save_weights
 from common.t2i.weights import Checkpoint
 
 RECIPE = ("model", "vae", "text", "prompt", "negative", "seed", "steps", "sample_steps", "shape", "sampler",
-          "grid",
-          "shift", "cfg", "guidance", "interval", "mimic", "phi", "init", "strength", "strength_mode", "mask",
-          "feather", "crop", "apg", "cfg_end", "skip_layers", "skip_scale", "dtype", "quantise", "t5")
+          "grid", "shift", "cfg", "guidance", "interval", "mimic", "phi", "init", "strength", "strength_mode",
+          "mask", "feather", "crop", "repaint", "control", "apg", "cfg_mode", "cfg_min", "mimic_mode",
+          "mimic_min",
+          "power", "distilled", "skip_layers", "skip_scale", "dtype", "quantise", "t5")
 
 
 def repeat(cfg):
     """cfg with everything that --recipe IMAGE recorded; --model given by hand wins over the recorded one."""
     kept = pictures.read_recipe(cfg.recipe)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in kept.items() if k in RECIPE}
+    if kept.get("cfg_end", -1) >= 0:                         # what --cfg-mode linear_down was called once
+        values |= dict(cfg_mode="linear_down", cfg_min=kept["cfg_end"])
     values["model"] = cfg.model or kept.get("model") or kept.get("run", "")
     return dataclasses.replace(cfg, **values, count=1, prompts="")
 
@@ -112,19 +115,19 @@ def demo(cfg, sample):
     does not hold. Pictures go to OUT/demo."""
     caption, out = "a large red circle left of a small blue square", Path(cfg.out, "demo")
 
-    def run(name, **flags):
+    def make(name, **flags):
         return sample(dataclasses.replace(cfg, model=cfg.out, out=str(out / name), **flags))
-    grid = run("text", prompt=caption, count=8)
+    grid = make("text", prompt=caption, count=8)
     first = out / "text" / "samples" / "0000.png"
-    run("image", prompt=caption.replace("red", "green"), init=str(first), strength=0.7)
+    make("image", prompt=caption.replace("red", "green"), init=str(first), strength=0.7)
     mask = np.zeros(grid[0].shape, np.uint8)
     mask[:, :mask.shape[1] // 2] = 255
     draw.save(mask, out / "mask.png")
-    half, = run("inpaint", prompt=caption.replace("red circle", "yellow triangle"), init=str(first),
+    half, = make("inpaint", prompt=caption.replace("red circle", "yellow triangle"), init=str(first),
                 mask=str(out / "mask.png"), strength=1.0)
     if not np.array_equal(half[mask == 0], grid[0][mask == 0]):
         raise UserError("inpainting changed pixels outside the mask")
-    again, = run("again", recipe=str(first))
+    again, = make("again", recipe=str(first))
     if np.abs(again.astype(int) - grid[0]).max() > 1:        # one grey level: another batch size
         raise UserError("a recipe did not repeat its picture")
     print(f"demo: inpainting kept every byte outside its mask, the recipe repeated its picture; see {out}")
@@ -169,6 +172,36 @@ def weights_hash(cfg):
     path = Path(cfg.model or cfg.out)
     inside = (path / "ema.safetensors", path / "transformer", path)
     return Checkpoint.open(next(p for p in inside if p.exists())).sha256()
+
+
+def overfit(cfg, net, process, sample, steps, count):
+    """Fixed noise first: the loss must fall below 1 % of its start. Then fresh noise, and sampling must
+    return the picture that belongs to each caption -> (ratio of losses, pictures returned)."""
+    ddp = run.init(cfg.device)
+    pixels, _ = scenes.scenes(count, cfg.seed, size=32)
+    x0, label = captions.to_images(pixels).to(ddp.device), torch.arange(count, device=ddp.device)
+    optim = torch.optim.AdamW(net.to(ddp.device).parameters(), 2e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    fixed, losses = (torch.randn_like(x0), torch.rand(count, device=ddp.device)), []
+    for step in run.progress(0, 4 * steps, ddp, "overfit"):
+        fresh = step > steps
+        noise, level = (torch.randn_like(x0), torch.rand_like(fixed[1]) ** 0.5) if fresh else fixed
+        x, t, target, _ = process.train_terms(x0, noise, level)
+        loss = ((net(x, t, label=label) - target) ** 2).mean()
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+        losses.append(loss.item())
+    with torch.no_grad():
+        made = sample(net, x0.shape, label=label)
+    nearest = (made[:, None] - x0[None]).flatten(2).norm(dim=2).argmin(1)
+    right, ratio = int((nearest == label).sum()), losses[steps - 1] / losses[0]
+    path = Path(cfg.out, "overfit.png")
+    draw.save(draw.grid(np.concatenate([pixels, captions.to_pixels(made)]), columns=count, scale=3), path)
+    print(f"fixed noise: loss {losses[0]:.3f} -> {losses[steps - 1]:.4f} ({100 * ratio:.2f} %); "
+          f"sampling returns {right} of {count}: {path}")
+    if ratio > 0.01 or right < count:
+        raise UserError("overfitting one batch failed: the model cannot learn yet")
+    return ratio, right
 
 
 # --- looking into weights and shapes -------------------------------------

@@ -18,7 +18,7 @@ from torch import nn
 
 from common.files import read_json
 from common.flags import UserError
-from common.t2i.weights import Checkpoint, fill
+from common.t2i.weights import Checkpoint, Outline, fill
 
 MARK = "\u2581"                                              # stands for a space
 NORMAL, UNKNOWN, CONTROL, USER, PAD, EOS, UNK = 1, 2, 3, 4, 0, 1, 2      # kinds of pieces; ids
@@ -56,7 +56,7 @@ def fields(data):
 def read_pieces(folder):
     """-> ([(piece, score, kind)], charsmap bytes) from spiece.model or tokenizer.json in folder."""
     folder = Path(folder)
-    places = [folder, folder / "tokenizer", folder / "tokenizer_2", folder / "tokenizer_3"]
+    places = [folder, *(folder / f"tokenizer{tail}" for tail in ("", "_2", "_3"))]
     for path in (p / name for p in places for name in ("spiece.model", "tokenizer.json")):
         if path.is_file():
             try:
@@ -149,21 +149,20 @@ def _child(unit):
 class T5Tokenizer:
     """tokenizer(list[str], length) -> (ids [B, length], mask [B, length]); 0 pads, 1 ends.
 
-    folder: holds spiece.model or tokenizer.json. A text longer than length - 1 pieces is cut, and said to
-    be."""
+    folder: holds spiece.model or tokenizer.json. A text longer than length - 1 pieces is cut, with a word."""
 
     def __init__(self, folder):
         pieces, charsmap = read_pieces(folder)
-        if not all(isinstance(p, str) and isinstance(s, (int, float)) and math.isfinite(s) for p, s, _ in pieces) or \
-                not any(p and k == NORMAL for p, _, k in pieces):
+        fits = all(isinstance(p, str) and isinstance(s, (int, float)) and math.isfinite(s)
+                   for p, s, _ in pieces)
+        if not fits or not any(p and k == NORMAL for p, _, k in pieces):
             raise UserError(f"{folder}: its vocabulary is no list of pieces with finite scores")
         self.pieces = [p for p, _, _ in pieces]
         self.normal = {p: (s, i) for i, (p, s, k) in enumerate(pieces) if k in (NORMAL, USER) and p}
         self.longest = max(map(len, self.normal))
         self.unknown_score = min(s for p, s, k in pieces if k == NORMAL) - 10
         self.normalise = CharsMap(charsmap)
-        # special tokens are found in any text, also the 100 sentinels that the library adds after the file's
-        # pieces
+        # special tokens are found in any text, also the 100 sentinels that the library adds after the pieces
         self.special = {f"<extra_id_{99 - k}>": len(pieces) + k for k in range(100)}
         self.special |= {p: i for i, (p, _, k) in enumerate(pieces) if k in (CONTROL, UNKNOWN)}
         self.split = re.compile("(" + "|".join(map(re.escape, sorted(self.special))) + ")").split
@@ -190,7 +189,7 @@ class T5Tokenizer:
         ids, at = [], n
         while at:
             at, piece = back[at]
-            if not (piece == UNK and ids and ids[-1] == UNK):  # a run of unknown characters is one token
+            if piece != UNK or ids[-1:] != [UNK]:            # a run of unknown characters is one token
                 ids.append(piece)
         return ids[::-1]
 
@@ -206,8 +205,7 @@ class T5Tokenizer:
             row = self.tokens(text)
             self.report(row, length)
             row = [*row[:length - 1], EOS]
-            ids[k, :len(row)] = torch.tensor(row)
-            mask[k, :len(row)] = True
+            ids[k, :len(row)], mask[k, :len(row)] = torch.tensor(row), True
         return ids, mask
 
 
@@ -296,7 +294,7 @@ class T5Encoder(nn.Module):
             files = files.renamed(lambda n: "shared.weight" if n == "encoder.embed_tokens.weight" else n)
         shapes = files.shapes
         buckets, heads = shapes[first + "0.SelfAttention.relative_attention_bias.weight"]
-        with torch.device("meta"):
+        with Outline():
             net = cls(shapes["shared.weight"][1], heads,
                       shapes[first + "0.SelfAttention.q.weight"][0] // heads,
                       shapes[first + "1.DenseReluDense.wi_0.weight"][0], files.count("encoder.block."),

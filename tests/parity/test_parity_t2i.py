@@ -10,6 +10,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 register = torch.library.register_fake
 
@@ -24,6 +25,7 @@ transformers = pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
 
 import dit_t2i as t2i  # noqa: E402
+from common import run  # noqa: E402
 from common.t2i import clip, public, weights  # noqa: E402
 
 torch.set_num_threads(1)
@@ -53,7 +55,10 @@ def hard_strings(count=2000, seed=0):
              "\u65e5\u672c\u8a9e" * 500]
     while len(texts) < count:
         some = rng.sample(ranges, rng.randrange(1, 4))
-        piece = lambda: chr(rng.randrange(*rng.choice(some))) if rng.random() < 0.8 else rng.choice(words)  # noqa: E731
+
+        def piece(some=some):
+            return chr(rng.randrange(*rng.choice(some))) if rng.random() < 0.8 else rng.choice(words)
+
         texts.append("".join(piece() for _ in range(rng.randrange(1, 60))))
     return texts
 
@@ -112,8 +117,8 @@ def t5_folder(tmp_path_factory):
     text."""
     sentencepiece = pytest.importorskip("sentencepiece")
     folder = tmp_path_factory.mktemp("t5")
-    text = open(t2i.__file__,
-                encoding="utf-8").read() + "\nhttp://example.com \u65e5\u672c\u8a9e \u00bd \ufb01 12345\n" * 20
+    rare = "\nhttp://example.com \u65e5\u672c\u8a9e \u00bd \ufb01 12345\n" * 20
+    text = open(t2i.__file__, encoding="utf-8").read() + rare
     (folder / "text").write_text(text, encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "text"), model_prefix=str(folder / "spiece"), vocab_size=900, model_type="unigram",
@@ -187,7 +192,8 @@ def test_safety_checker_equals_diffusers(tmp_path):
     pictures = [np.random.default_rng(k).integers(0, 255, (70, 90, 3), np.uint8) for k in range(12)]
     # thresholds that flag about half, one way or the other
     first = t2i.SafetyChecker.load(save(theirs, tmp_path))
-    cosine = torch.nn.functional.normalize(first.embed(pictures)) @ torch.nn.functional.normalize(first.concept_embeds).T
+    unit = torch.nn.functional.normalize
+    cosine = unit(first.embed(pictures)) @ unit(first.concept_embeds).T
     theirs.concept_embeds_weights.data[0] = cosine[:, 0].median()
     theirs.special_care_embeds_weights.data[0] = -1.0  # every picture trips it: later thresholds get stricter
     ours = t2i.SafetyChecker.load(save(theirs, tmp_path))
@@ -243,7 +249,8 @@ def test_pixart_equals_diffusers(tmp_path, sample, stretch):
 def test_pixart_alpha_1024_equals_diffusers(tmp_path):
     """The picture's size and aspect ratio join the time; ours reads both off the latents."""
     theirs = randomise(diffusers.PixArtTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2, sample_size=128,
+        num_attention_heads=4, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2,
+        sample_size=128,
         patch_size=2, cross_attention_dim=48, caption_channels=24, use_additional_conditions=True))
     _, ours, _ = public.open_transformer(save(theirs, tmp_path), t2i.DiT, t2i.sincos_2d, torch.float32)
     x, t, text = torch.randn(2, 4, 16, 12), torch.tensor([30.0, 700.0]), torch.randn(2, 7, 24)
@@ -253,9 +260,10 @@ def test_pixart_alpha_1024_equals_diffusers(tmp_path):
     torch.testing.assert_close(ours(x, t, text=text), want, rtol=0, atol=1e-4)
 
 
-def flux_transformer(guidance):
+def flux_transformer(guidance, in_channels=16):
     return diffusers.FluxTransformer2DModel(
-        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=3,
+        in_channels=in_channels, out_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=3,
         joint_attention_dim=48, pooled_projection_dim=24, guidance_embeds=guidance, axes_dims_rope=(4, 6, 6))
 
 
@@ -276,7 +284,8 @@ def test_flux_equals_diffusers_in_both_spellings(tmp_path, dev):
     assert family == "flux"
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
     theirs_of = ((r"ln_q.weight", "norm.query_norm.scale"), (r"ln_k.weight", "norm.key_norm.scale"),
-                 ("_in.0", "_in.in_layer"), ("_in.2", "_in.out_layer"), ("_mod.", "_mod.lin."), (".fc1", ".0"),
+                 ("_in.0", "_in.in_layer"), ("_in.2", "_in.out_layer"), ("_mod.", "_mod.lin."),
+                 (".fc1", ".0"),
                  (".fc2", ".2"), ("modulation.weight", "modulation.lin.weight"),
                  ("modulation.bias", "modulation.lin.bias"))
     names = {}
@@ -286,7 +295,8 @@ def test_flux_equals_diffusers_in_both_spellings(tmp_path, dev):
         names[name] = tensor.contiguous()
     (tmp_path / "bfl").mkdir()
     save_file(names, tmp_path / "bfl" / "flux.safetensors")
-    (tmp_path / "bfl" / "config.json").write_text(json.dumps(dict(num_attention_heads=3, axes_dims_rope=[4, 6, 6])))
+    (tmp_path / "bfl" / "config.json").write_text(json.dumps(dict(num_attention_heads=3,
+                                                                  axes_dims_rope=[4, 6, 6])))
     _, again, _ = public.open_transformer(tmp_path / "bfl", t2i.DiT, t2i.sincos_2d, torch.float32)
     assert torch.equal(again(x, t, text, pooled, guidance), got)
 
@@ -295,7 +305,8 @@ def test_flux_has_the_published_number_of_parameters():
     from common.t2i.flux import Flux
     with torch.device("meta"):
         ours, theirs = Flux(), diffusers.FluxTransformer2DModel(guidance_embeds=True)
-    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) == 11_901_408_320
+    counts = [sum(p.numel() for p in net.parameters()) for net in (ours, theirs)]
+    assert counts == [11_901_408_320] * 2
 
 
 @pytest.mark.parametrize("options", [{}, dict(qk_norm="rms_norm", dual_attention_layers=(0, 1))])
@@ -310,7 +321,8 @@ def test_sd3_equals_diffusers(tmp_path, options):
 
 
 def sd3_transformer(**options):
-    sizes = dict(sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8,
+    sizes = dict(sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=3,
+                 attention_head_dim=8,
                  num_attention_heads=4, joint_attention_dim=48, caption_projection_dim=32,
                  pooled_projection_dim=40, pos_embed_max_size=12)
     return diffusers.SD3Transformer2DModel(**(sizes | options))
@@ -405,7 +417,8 @@ def test_apg_momentum_equals_diffusers():
     for _ in range(3):
         c, u = torch.randn(2, 4, 6, 6), torch.randn(2, 4, 6, 6)
         want = normalized_guidance(c, u, 5.0, theirs, 0.0, 3.0, True)
-        torch.testing.assert_close(t2i.guide(c, u, 6.0, "apg", norm=3.0, momentum=ours), want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(t2i.guide(c, u, 6.0, "apg", norm=3.0, momentum=ours), want, rtol=1e-4,
+                                   atol=1e-4)
 
 
 # --- a whole pipeline ----------------------------------------------------
@@ -528,7 +541,8 @@ def test_an_inpainting_checkpoint_makes_the_same_pictures(sd3_folder):
     """SD3 with 33 input channels: latents, mask, latents of the picture with the hole grey."""
     folder, pipe = sd3_folder
     vae = randomise(diffusers.AutoencoderKL(
-        block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=64, latent_channels=16,
+        block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=64,
+        latent_channels=16,
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
         use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609), 0.1, 4)
     vae.decoder.conv_out.weight.data *= 3
@@ -547,8 +561,10 @@ def test_an_inpainting_checkpoint_makes_the_same_pictures(sd3_folder):
     hole = torch.from_numpy(mask).float()[None, None]
     held = model.vae.encode(image * (1 - hole))[0]           # both sides: the mean, not a draw
     noise = t2i.start_noise(0, (1, 16, 8, 8))
-    want = painter(PROMPTS[0], negative_prompt="blurry", image=image, mask_image=hole, masked_image_latents=held,
-                   num_inference_steps=8, guidance_scale=5.0, height=64, width=64, strength=1.0, latents=noise,
+    want = painter(PROMPTS[0], negative_prompt="blurry", image=image, mask_image=hole,
+                   masked_image_latents=held,
+                   num_inference_steps=8, guidance_scale=5.0, height=64, width=64, strength=1.0,
+                   latents=noise,
                    output_type="latent").images
     # this pipeline of diffusers 0.42.1 decodes without adding the VAE's shift, as its text-to-image one does
     want = vae.decode(want / 1.5305 + 0.0609).sample.permute(0, 2, 3, 1).numpy().clip(-1, 1) / 2 + 0.5
@@ -559,24 +575,34 @@ def test_an_inpainting_checkpoint_makes_the_same_pictures(sd3_folder):
     assert whole.std() > 10                                  # without a picture all of it is repainted
 
 
-@pytest.mark.parametrize("dev", [True, False])
-def test_the_flux_pipeline_makes_the_same_pictures(tmp_path, clip_folder, t5_folder, dev):
+def flux_parts(clip_folder, t5_folder, dev, **sizes):
+    """Components of a tiny FLUX pipeline with random weights."""
     tokenizer = transformers.CLIPTokenizer.from_pretrained(clip_folder, model_max_length=77)
     clip_text = randomise(transformers.CLIPTextModel(transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=24, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=24, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4,
         eos_token_id=tokenizer.eos_token_id)), 0.2, 1)
     t5 = randomise(transformers.T5EncoderModel(transformers.T5Config(
-        vocab_size=1200, d_model=48, d_kv=12, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+        vocab_size=1200, d_model=48, d_kv=12, d_ff=64, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu",
         tie_word_embeddings=False)), 0.2, 3)
     vae = randomise(diffusers.AutoencoderKL(
-        block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=64, latent_channels=4,
+        block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=64,
+        latent_channels=4,
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
         use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159), 0.1, 4)
     vae.decoder.conv_out.weight.data *= 3
-    pipe = diffusers.FluxPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0 if dev else 1.0, use_dynamic_shifting=dev),
+    return dict(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0 if dev else 1.0,
+                                                            use_dynamic_shifting=dev),
         vae=vae, text_encoder=clip_text, tokenizer=tokenizer, text_encoder_2=t5,
-        tokenizer_2=transformers.T5Tokenizer.from_pretrained(t5_folder), transformer=randomise(flux_transformer(dev), 0.1, 5))
+        tokenizer_2=transformers.T5Tokenizer.from_pretrained(t5_folder),
+        transformer=randomise(flux_transformer(dev, **sizes), 0.1, 5))
+
+
+@pytest.mark.parametrize("dev", [True, False])
+def test_the_flux_pipeline_makes_the_same_pictures(tmp_path, clip_folder, t5_folder, dev):
+    pipe = diffusers.FluxPipeline(**flux_parts(clip_folder, t5_folder, dev))
     pipe.save_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     noise = t2i.start_noise(0, (1, 4, 8, 12))
@@ -584,8 +610,81 @@ def test_the_flux_pipeline_makes_the_same_pictures(tmp_path, clip_folder, t5_fol
     want = pipe(PROMPTS[0], num_inference_steps=6, guidance_scale=3.5, height=64, width=96, latents=packed,
                 max_sequence_length=512 if dev else 256, output_type="np").images
     cfg = t2i.Config(model=str(tmp_path), device="cpu", steps=6)
-    made = t2i.generate(t2i.load_model(cfg, torch.device("cpu")), PROMPTS[:1], cfg, torch.device("cpu"), [0], (96, 64))
+    made = t2i.generate(t2i.load_model(cfg, torch.device("cpu")), PROMPTS[:1], cfg, torch.device("cpu"), [0],
+                        (96, 64))
     assert made.std() > 10 and psnr(made, (want * 255).round()) > 50
+
+
+def means_of(vae):
+    """diffusers draws latents of the pictures a model reads; here both sides take their mean."""
+    encode = vae.encode
+
+    def mean(x, **kw):
+        out = encode(x, **kw)
+        out.latent_dist.sample = lambda generator=None: out.latent_dist.mean
+        return out
+    vae.encode = mean
+
+
+def test_flux_fill_makes_the_same_pictures(tmp_path, clip_folder, t5_folder):
+    """A token reads noise, the masked picture's latents and all 256 pixels of its mask."""
+    pipe = diffusers.FluxFillPipeline(**flux_parts(clip_folder, t5_folder, True, in_channels=16 + 16 + 256))
+    pipe.save_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    means_of(pipe.vae)
+    rng = np.random.default_rng(0)
+    init, mask = rng.integers(0, 255, (64, 96, 3)).astype(np.uint8), np.zeros((64, 96), bool)
+    mask[10:45, 5:37] = mask[3, 90] = True
+    noise = t2i.start_noise(0, (1, 4, 8, 12))
+    want = pipe(PROMPTS[0], image=t2i.to_images(init[None]),
+                mask_image=torch.from_numpy(mask).float()[None, None],
+                num_inference_steps=6, guidance_scale=30.0, height=64, width=96, strength=1.0,
+                latents=pipe._pack_latents(noise, 1, 4, 8, 12), output_type="np").images[0]
+    cfg = t2i.Config(model=str(tmp_path), device="cpu", steps=6, distilled=30.0, strength=1.0)
+    model = t2i.load_model(cfg, torch.device("cpu"))
+    made = t2i.generate(model, PROMPTS[:1], cfg, torch.device("cpu"), [0], (96, 64), init, mask)[0]
+    assert model.net.extra == 4 + 64 and made[mask].std() > 10
+    assert psnr(made[mask], (want * 255).round()[mask]) > 50 and np.array_equal(made[~mask], init[~mask])
+
+
+def test_flux_control_makes_the_same_pictures(tmp_path, clip_folder, t5_folder):
+    pipe = diffusers.FluxControlPipeline(**flux_parts(clip_folder, t5_folder, True, in_channels=32))
+    pipe.save_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    means_of(pipe.vae)
+    edges = np.random.default_rng(0).integers(0, 255, (64, 96, 3)).astype(np.uint8)
+    Image.fromarray(edges).save(tmp_path / "edges.png")
+    noise = t2i.start_noise(0, (1, 4, 8, 12))
+    want = pipe(PROMPTS[0], control_image=t2i.to_images(edges[None]), num_inference_steps=6,
+                guidance_scale=10.0,
+                height=64, width=96, latents=pipe._pack_latents(noise, 1, 4, 8, 12),
+                output_type="np").images[0]
+    cfg = t2i.Config(model=str(tmp_path), device="cpu", steps=6, distilled=10.0)
+    model = t2i.load_model(cfg, torch.device("cpu"))
+    with pytest.raises(run.UserError, match="give it with --control"):
+        t2i.generate(model, PROMPTS[:1], cfg, torch.device("cpu"), [0], (96, 64))
+    cfg = dataclasses.replace(cfg, control=str(tmp_path / "edges.png"))
+    made = t2i.generate(model, PROMPTS[:1], cfg, torch.device("cpu"), [0], (96, 64))[0]
+    assert model.net.extra == 4 and made.std() > 10 and psnr(made, (want * 255).round()) > 50
+
+
+def test_mimic_with_its_schedules_equals_the_published_formula():
+    """The sums of sd-dynamic-thresholding for the whole run: both scales move, AD about the mean."""
+    from common.t2i.guidance import scheduled
+    g, at = torch.Generator().manual_seed(0), np.linspace(1, 0.1, 6)
+    cfg, mimic = scheduled(9.0, "half_cosine_down", 3.0, 1.0, at), scheduled(6.0, "linear_up", 1.0, 1.0, at)
+    for step, sigma in enumerate(at):
+        c, u = (torch.randn(2, 4, 5, 6, generator=g) for _ in "cu")
+        strong = 3 + 6 * np.cos(step / 5)
+        weak = 1 + 5 * step / 5
+        T, M = (u + w * (c - u) for w in (strong, weak))
+        T, M = T.flatten(2), M.flatten(2)
+        mean = T.mean(2, keepdim=True)
+        m = (M - M.mean(2, keepdim=True)).abs().amax(2, keepdim=True)
+        s = torch.maximum(m, (T - mean).abs().amax(2, keepdim=True))
+        want = ((T - mean).clamp(-s, s) / s * m + mean).view_as(c)
+        got = t2i.guide(c, u, cfg(sigma), "mimic", mimic=mimic(sigma))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_long_prompts_are_windows_of_the_public_encoder(sd3_folder):
@@ -616,7 +715,8 @@ def test_prompt_weights_scale_the_distance_from_the_empty_prompt(sd3_folder):
     plain, empty = encode(["a red door"])["text"][0], encode([""])["text"][0]
     for text in ("a (red:1) door", "(a red door:1.0)"):
         got = encode([text])["text"][0]
-        torch.testing.assert_close(got[:77], plain[:77], rtol=0, atol=1e-5)      # T5 cuts words at the brackets
+        # T5 cuts words at the brackets
+        torch.testing.assert_close(got[:77], plain[:77], rtol=0, atol=1e-5)
     strong = encode(["(a red door:1.5)"])["text"][0]
     count = len(encode.tokenizer(t2i.CLIPTokenizer, "tokenizer").tokens("a red door"))
     torch.testing.assert_close(strong[1:count + 1], empty[1:count + 1] + 1.5 * (plain - empty)[1:count + 1],
