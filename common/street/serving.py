@@ -21,7 +21,16 @@ def autocast(precision, device):
     """auto trusts compute capability 8.0: emulated bfloat16 is slow, and also counts as supported."""
     if precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
+    if precision == "fp16":
+        return torch.autocast(device.type, torch.float16)
     return run.autocast(device, precision == "auto")
+
+
+def scaler(precision, device):
+    """The gradient scaler of a training run: float16 needs one, all else gets one that does nothing."""
+    if precision == "fp16" and device.type != "cuda":
+        raise run.UserError("--hardware-precision fp16 needs a CUDA device; use fp32 or bf16")
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 @torch.no_grad()
@@ -60,12 +69,12 @@ def probability(logits_NC):
     return softmax(np.asarray(logits_NC, np.float64), 1)[:, 1]
 
 
-def fuse_features(mode, f_NVF, boxes_NV4, net, module=None, mac=False):
+def fuse_features(mode, f_NVF, boxes_NV4, net, module=None, mac=False, inverse=False):
     """Features of all views -> (logits [N, 2], weights [N, V]); module: the trained one, mac: use the second
-    head."""
+    head, inverse: of fusion.fuse."""
     head = net.head_mac if mac else net.head
     if mode not in fusion.TRAINED:
-        return fusion.fuse(mode, head_logits(head, f_NVF), boxes_NV4)
+        return fusion.fuse(mode, head_logits(head, f_NVF), boxes_NV4, inverse=inverse)
     with torch.no_grad():
         logits, weights, _ = module.eval()(f_NVF, head.eval())
     return logits, weights
@@ -189,7 +198,8 @@ class Predictor:
         default."""
         mode = mode or self.bundle["fusion_mode"]
         mac = self.params["head"] == "head_mac" if mac is None else mac
-        logits, weights = fuse_features(mode, f_NVF, boxes_NV4, self.net, self.modules.get(mode), mac)
+        logits, weights = fuse_features(mode, f_NVF, boxes_NV4, self.net, self.modules.get(mode), mac,
+                                        self.config["inverse"])
         return probability(logits.double()), weights.numpy()
 
     def policy(self, prob, ids):
