@@ -1086,6 +1086,23 @@ def test_every_thing_of_a_street_leaves_its_own_mark():
 # --- fusion -----------------------------------------------------------------
 
 
+def test_frames_embedded_once_are_the_views_of_every_sample(data):
+    samples = splits.Samples(splits.read_index(data)[:9], data)
+    net = sv.Classifier(tiny_vit(), "cls_mean", "linear", 0, 0.0).eval()
+    plan = dict(source="frames", canvas=0, grid=3, overlap=0.0)
+    f_NVF, boxes = serving.infer(net, samples, torch.device("cpu"), 32, views=plan)
+    for i in (0, 4, 8):
+        x, box = views.make_views(samples, i, 32, source="frames")
+        with torch.no_grad():
+            assert torch.allclose(net.features(x), f_NVF[i], atol=1e-5) and torch.equal(box, boxes[i])
+    alone = serving.Loose([samples.image(0)])
+    f_1VF, _ = serving.infer(net, alone, torch.device("cpu"), 32, views=plan)
+    assert torch.equal(f_1VF[0, 0], f_1VF[0, 2]) and torch.allclose(f_1VF[0, 0], f_NVF[0, 0], atol=1e-5)
+    tiles = dict(plan, source="tiles", grid=2)
+    f_NVF, boxes = serving.infer(net, samples, torch.device("cpu"), 32, views=tiles)
+    assert f_NVF.shape == (9, 5, 64) and boxes.shape == (9, 5, 4)
+
+
 def test_fusion_weights_sum_to_one_and_follow_permutations():
     torch.manual_seed(0)
     logits, boxes = torch.randn(4, 5, 2), torch.rand(4, 5, 4).sort(-1).values * 10

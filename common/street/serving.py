@@ -14,7 +14,7 @@ from common.classify import binary_metrics, mcc_sweep
 from common.street import bundle, conformal, fusion
 from common.street.calibrate import Calibrator
 from common.street.subnet import returned
-from common.street.views import make_views, resized, stack
+from common.street.views import frames_of, make_views, resized, stack
 
 
 def autocast(precision, device):
@@ -38,23 +38,37 @@ def infer(net, samples, device, size, how="square", views=None, precision="auto"
     """Features of all samples, float32 on the CPU: [N, F], or ([N, V, F], boxes [N, V, 4]) when views are
     wanted.
 
-    views: dict(source, canvas, grid, overlap) of common.street.views.make_views.
+    views: dict(source, canvas, grid, overlap) of common.street.views.make_views.  Of frames every one goes
+    through the net once, however many samples it is a view of.
     """
     net.eval()
-    features, boxes = [], []
-    for start in range(0, len(samples), chunk):
-        at = range(start, min(start + chunk, len(samples)))
-        if views:
-            made = [make_views(samples, i, size, how, **views) for i in at]
-            x_NVCHW, box_NV4 = (torch.stack(t) for t in zip(*made))
-            x, shape = x_NVCHW.flatten(0, 1), x_NVCHW.shape[:2]
-            boxes.append(box_NV4)
-        else:
-            x = stack(lambda i: resized(samples.image(i), size, how), at, workers)
+
+    def embed(x):
         with autocast(precision, device):
-            f = net.features(x.to(device)).float().cpu()
-        features.append(f.view(*shape, -1) if views else f)
-    return (torch.cat(features), torch.cat(boxes)) if views else torch.cat(features)
+            return net.features(x.to(device)).float().cpu()
+    if views and views["source"] == "tiles":
+        features, boxes = [], []
+        for a in range(0, len(samples), chunk):
+            made = [make_views(samples, i, size, how, **views)
+                    for i in range(a, min(a + chunk, len(samples)))]
+            x_NVCHW, box_NV4 = (torch.stack(t) for t in zip(*made))
+            features.append(embed(x_NVCHW.flatten(0, 1)).unflatten(0, x_NVCHW.shape[:2]))
+            boxes.append(box_NV4)
+        return torch.cat(features), torch.cat(boxes)
+    wanted_NV = np.array([frames_of(samples, i) if views else [i] for i in range(len(samples))])
+    need, place = np.unique(wanted_NV, return_inverse=True)
+    boxes = {}
+
+    def picture(i):
+        image = samples.image(i)
+        boxes[i] = (0.0, 0.0, *image.size)
+        return resized(image, size, how)
+    need = need.tolist()
+    f_MF = torch.cat([embed(stack(picture, need[a:a + chunk], workers)) for a in range(0, len(need), chunk)])
+    if not views:
+        return f_MF
+    place_NV = torch.from_numpy(place.reshape(wanted_NV.shape))
+    return f_MF[place_NV], torch.tensor([boxes[i] for i in need])[place_NV]
 
 
 @torch.no_grad()
