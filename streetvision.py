@@ -37,11 +37,11 @@ from common.classify import mcc_sweep
 from common.dino import Backbone
 from common.run import opt
 from common.street import (ablation, augment, bundle, conformal, dinokeys, export, fusion, pipeline, plots,
-                           probe,
-                           scorecard, selfsup, serving, speed, streets, testreport)
+                           probe, scorecard, selfsup, serving, speed, streets, testreport)
 from common.street.adapters import adapt, adapter_tensors, adapted, merge, trainable_report
 from common.street.commands import bundle_path, data_folder, demo_data, show_config, splits, validate
-from common.street.calibrate import CALIBRATORS, compare_calibrators, mac_cal
+from common.street.calibrate import CALIBRATORS, compare_calibrators
+from common.street.maccal import MaskedHead, mac_cal
 from common.street.paths import ARTIFACTS, Paths  # noqa: F401
 from common.street.pipeline import Step
 from common.street.selfsup import average_gradients
@@ -77,8 +77,7 @@ ROLES = {("phase4a_explora", "TRAIN_OUTER"): ("grad",), ("phase4a_explora", "TRA
 
 @dataclass(frozen=True)
 class Config:
-    """Prefixes name the phase that reads a field; changing such a field makes that phase and later ones
-    stale."""
+    """A field's prefix names the phase that reads it; changing it makes that phase and later ones stale."""
     preset: str = opt("", "a row of PRESETS")
     out: str = opt("", "run directory")
     data: str = opt("", "data set; empty: draw one under OUT/data")
@@ -167,6 +166,7 @@ class Config:
     phase1_patience: int = opt(15, "epochs without progress of VAL_SELECT MCC before stopping")
     phase1_gate_epochs: int = opt(2, "epochs of each trial of the augmentation gate")
     phase1_mac_cal: bool = opt(False, "MaC-Cal: a second head retrained under random masks")
+    phase1_mac_masks: int = opt(0, "masks whose answers that head averages (16); 0: the expected mask")
     peft_kind: str = opt("dora", "adapter", ("lora", "dora"))
     peft_rank: int = opt(16, "rank")
     peft_alpha: float = opt(32.0, "alpha")
@@ -189,13 +189,14 @@ class Config:
     phase4c_canvas: int = opt(0, "letterbox tiles on a square of this side; 0: the image itself", free=True)
     phase4c_grid: int = opt(3, "tiles a side", free=True)
     phase4c_overlap: float = opt(0.15, "share of a tile added on each side", free=True)
+    phase4c_inverse: bool = opt(False, "weighted_uncertainty by 1 / H instead of softmax(-H / 0.5)",
+                                free=True)
     phase4c_epochs: int = opt(3, "epochs of the trained fusions", free=True)
     phase4c_lr: float = opt(1e-4, "learning rate of the trained fusions", free=True)
     phase4c_hidden: int = opt(512, "encoder width", free=True)
     phase4c_latent: int = opt(256, "latent width", free=True)
     phase5_method: str = opt("auto", "calibrator; auto: the multi-objective choice",
-                             ("auto", "temperature", "platt", "beta", "isotonic", "isotonic_pchip",
-                              "ensemble", "mac_cal"), free=True)
+                             ("auto", *CALIBRATORS, "mac_cal"), free=True)
     phase5_xi: float = opt(0.8, "share of samples to accept", free=True)
     phase5_alpha: float = opt(0.05, "risk among accepted samples", free=True)
     phase5_delta: float = opt(0.1, "failure probability of the PAC threshold", free=True)
@@ -211,8 +212,11 @@ class Config:
     phase6_submitter: str = opt("", "model card: hotkey address", free=True)
     eval_resamples: int = opt(1000, "bootstrap resamples of groups", free=True)
     eval_confidence: float = opt(0.95, "level of the intervals", free=True)
+    eval_interval: str = opt("percentile", "bca: bias-corrected and accelerated, for the same resamples",
+                             ("percentile", "bca"), free=True)
     eval_windows: int = opt(2000, "simulated 100-image windows of the competition", free=True)
-    hardware_precision: str = opt("auto", "auto: bfloat16 where the GPU has it", ("auto", "fp32", "bf16"))
+    hardware_precision: str = opt("auto", "auto: bfloat16 where the GPU has it; fp16: scaled gradients",
+                                  ("auto", "fp32", "bf16", "fp16"))
     hardware_workers: int = opt(0, "threads that decode images", free=True)
     hardware_compile_mode: str = opt("default", "torch.compile mode",
                                      ("default", "reduce-overhead", "max-autotune"))
@@ -305,12 +309,12 @@ def make_head(kind, F_in, hidden, dropout):
 class Classifier(nn.Module):
     """Backbone and head: net(x_BCHW) -> logits [B, 2]; net.features(x_BCHW) -> [B, F]."""
 
-    def __init__(self, vit, features="cls_mean", head="mlp", hidden=256, dropout=0.3, mac=False):
+    def __init__(self, vit, features="cls_mean", head="mlp", hidden=256, dropout=0.3, mac=False, masks=0):
         super().__init__()
         self.backbone, self.kind = vit, features
         self.width = vit.D * (2 if features == "cls_mean" else 1)
         self.head = make_head(head, self.width, hidden, dropout)
-        self.head_mac = make_head(head, self.width, hidden, dropout) if mac else None
+        self.head_mac = MaskedHead(make_head(head, self.width, hidden, dropout), masks) if mac else None
 
     def features(self, x_BCHW):
         out = self.backbone(x_BCHW)
@@ -322,13 +326,13 @@ class Classifier(nn.Module):
 
 def build(cfg, vit):
     return Classifier(vit, cfg.model_features, cfg.model_head, cfg.model_hidden, cfg.model_dropout,
-                      cfg.phase1_mac_cal)
+                      cfg.phase1_mac_cal, cfg.phase1_mac_masks)
 
 
 def load_model(path):
     """A classifier's .safetensors -> Classifier in eval mode, gradients off."""
     tensors, m = bundle.load_tensors(path)
-    net = Classifier(ViT.sized(m["size"]), m["features"], m["head"], m["hidden"], 0.0, m["mac"])
+    net = Classifier(ViT.sized(m["size"]), m["features"], m["head"], m["hidden"], 0.0, m["mac"], m["masks"])
     net.load_state_dict(tensors)
     net.meta = m
     return net.eval().requires_grad_(False)
@@ -413,8 +417,7 @@ def consistent_pictures(image, cfg, g, side):
 
 
 def simclr_views(image, cfg, g):
-    """Two independent crops with flip, colour, grey and blur.  mild: orange is the cue, so hue barely
-    moves."""
+    """Two independent crops with flip, colour, grey and blur.  mild: hue, the cue, barely moves."""
     jitter, grey, blur = {"mild": ((0.4, 0.4, 0.4, 0.05), 0.1, 0.5), "sim": ((0.8, 0.8, 0.8, 0.2), 0.2, 0.5),
                           "su": ((0.8, 0.8, 0.8, 0.1), 0.2, 0.8)}[cfg.phase4a_strength]
 
@@ -452,8 +455,7 @@ class Job(tuple):
 
 
 def starting_backbone(cfg, paths, ddp):
-    """The backbone before any adaptation: DINOv3 weights, a small one pretrained on drawn shapes, or
-    random."""
+    """The backbone before adaptation: DINOv3 weights, a small one pretrained on drawn shapes, or random."""
     if cfg.model_weights:
         return ViT.load(cfg.model_weights)
     if not cfg.source_steps:
@@ -499,16 +501,16 @@ def lr_at(step, steps, lr, warmup=0.1, lowest=1e-6):
     return lowest + (lr - lowest) * (1 + math.cos(math.pi * (step - w) / max(steps - w, 1))) / 2
 
 
-def simclr_step(embed, micro, cfg, seed):
+def simclr_step(embed, micro, cfg, seed, scale=lambda loss: loss):
     """Backward of NT-Xent over micro-batches [(2, b, C, H, W)] of two views -> (loss, z1, z2).
 
     Negatives come from all ranks.  Several micro-batches: gradcache lets every image see every other one;
-    microbatch is the plain, smaller problem.
+    microbatch is the plain, smaller problem.  scale: of the loss, before backward (float16).
     """
     def loss_of(z1, z2):
         return nt_xent(selfsup.gather_with_grad(z1), selfsup.gather_with_grad(z2), cfg.phase4a_temperature)
     together = cfg.phase4a_negatives == "gradcache" and len(micro) > 1
-    return (selfsup.gradcache if together else selfsup.each_alone)(embed, micro, loss_of, seed)
+    return (selfsup.gradcache if together else selfsup.each_alone)(embed, micro, loss_of, seed, scale)
 
 
 def run_phase4a(job):
@@ -527,8 +529,8 @@ def run_phase4a(job):
     group = min(cfg.phase4a_batch * cfg.phase4a_accumulate, len(train))
     per_epoch = math.ceil(len(train) / group)
     steps = min(cfg.steps or math.inf, cfg.phase4a_epochs * per_epoch)
-    book = dict(rows=[])
-    state = dict(vit=vit, goal=goal, optim=optim, book=book)
+    book, scaler = dict(rows=[]), serving.scaler(cfg.hardware_precision, ddp.device)
+    state = dict(vit=vit, goal=goal, optim=optim, scaler=scaler, book=book)
     state |= {} if goal.kind == "simclr" else dict(shadow_vit=shadow_vit, shadow_goal=shadow_goal)
     start = run.load(paths.phase4a_dir, state, ddp)
     simclr = lambda x: goal.projector(vit(x)["cls"])
@@ -544,7 +546,7 @@ def run_phase4a(job):
             continue
         if goal.kind == "simclr":
             with serving.autocast(cfg.hardware_precision, ddp.device):
-                loss, z1, z2 = simclr_step(simclr, micro, cfg, (cfg.seed, ddp.rank, step))
+                loss, z1, z2 = simclr_step(simclr, micro, cfg, (cfg.seed, ddp.rank, step), scaler.scale)
         else:
             run.seed_all(cfg.seed, ddp.rank, step)
             x1, x2 = torch.cat(micro, 1)
@@ -552,10 +554,11 @@ def run_phase4a(job):
                 target = [shadow_goal.projector(shadow_vit(x)["cls"]) for x in (x1, x2)]
             loss, z1, z2 = goal.alternative(vit(x1)["cls"], vit(x2)["cls"], target,
                                             warm=step <= min(313, per_epoch))
-            loss.backward()
+            scaler.scale(loss).backward()
         average_gradients(params, ddp)
+        scaler.unscale_(optim)
         torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optim.step()
+        scaler.step(optim), scaler.update()
         for shadow, live in ((shadow_vit, vit), (shadow_goal, goal)) if goal.kind != "simclr" else ():
             selfsup.average_into(dict(shadow.named_parameters()), dict(live.named_parameters()),
                                  selfsup.byol_momentum(step, steps))
@@ -578,8 +581,7 @@ def run_phase4a(job):
 
 @torch.no_grad()
 def save_adapted(vit, x_BCHW, paths):
-    """Write the adapters alone and the merged backbone -> (outputs, change of the features of x by
-    merging)."""
+    """Write the adapters alone and the merged backbone -> (outputs, change of features by merging)."""
     outputs, before = dict(explora_checkpoint=paths.explora_checkpoint), vit(x_BCHW)["cls"]
     if adapted(vit):
         bundle.save_tensors(paths.explora_lora, *adapter_tensors(vit))
@@ -640,8 +642,7 @@ def param_groups(net, cfg):
 
 
 def batch_of(train, chunk, cfg, epoch, step, pictures):
-    """Pictures [B or 3B, C, H, W] and soft targets [B, 2] of some samples; a function of (seed, epoch,
-    step)."""
+    """Pictures [B or 3B, C, H, W] and soft targets [B, 2]; a function of (seed, epoch, step, samples)."""
     soft_BC = F.one_hot(torch.from_numpy(train.labels()[chunk]), 2).float()
     side = cfg.model_image
     if cfg.data_multiscale:                                     # one side a step, a multiple of the patch
@@ -661,19 +662,28 @@ def batch_of(train, chunk, cfg, epoch, step, pictures):
 
 
 def judge(net, ema, select, cfg, device, best, book, epoch, live):
-    """Score the weights and their average on VAL_SELECT, keep the better of them in best -> their scores."""
+    """Score the weights and their average on VAL_SELECT -> their scores.
+
+    book["top"]: the three best epochs [MCC, epoch, did the average win, slot]; best: "slot.name" -> weights.
+    """
     scores = {}
     for name, values in (("net", {}), ("ema", ema)):
         with selfsup.swapped(net, values):
             scores[name] = answers(head_logits(net.head, infer(net, select, cfg, device)), select.labels())
-            if scores[name]["val_mcc"] > book["mcc"] + 0.001 * (name == "net"):
-                book.update(mcc=scores[name]["val_mcc"], epoch=epoch, ema_won=name == "ema")
-                best.update({n: p.detach().clone() for n, p in live.items()})
+    won = scores["ema"]["val_mcc"] > scores["net"]["val_mcc"]
+    mcc, top = scores["ema" if won else "net"]["val_mcc"], book["top"]
+    if not top or mcc > top[0][0] + 0.001:
+        book["epoch"] = epoch                                   # progress, for the patience
+    if len(top) < 3 or mcc > top[-1][0]:
+        slot = top.pop()[3] if len(top) == 3 else len(top)
+        top.append([mcc, epoch, won, slot])
+        top.sort(key=lambda row: (-row[0], row[1]))
+        best.update({f"{slot}.{n}": (ema if won else live)[n].detach().clone() for n in live})
     return dict(scores["net"], ema_mcc=scores["ema"]["val_mcc"])
 
 
 def fit_task(job, net, train, select, pictures, epochs, folder, label="phase1"):
-    """Train on TRAIN, judge by VAL_SELECT after every epoch -> dict(best, ema, rows, mcc, ema_won).
+    """Train, judge by VAL_SELECT every epoch -> dict(best [weights of up to 3], ema, rows, mcc, ema_won).
 
     Resumes from folder/ckpt.
     """
@@ -690,8 +700,9 @@ def fit_task(job, net, train, select, pictures, epochs, folder, label="phase1"):
     head_only = cfg.phase1_mode == "head"                       # then no pictures change: features once
     frozen = infer(net, train, cfg, ddp.device) if head_only else None
     ema = {n: p.detach().clone() for n, p in live.items()}
-    best, book = {}, dict(mcc=-2.0, epoch=-1, ema_won=False, rows=[])
-    state = dict(net=net, optim=optim, ema=ema, best=best, book=book)
+    best, book = {}, dict(top=[], epoch=-1, rows=[])
+    scaler = serving.scaler(cfg.hardware_precision, ddp.device)
+    state = dict(net=net, optim=optim, ema=ema, best=best, scaler=scaler, book=book)
     start, began = run.load(folder, state, ddp), time.time()
     example = torch.zeros(2, 3, cfg.model_image, cfg.model_image, device=ddp.device)
     forward = pipeline.maybe_compile(net, example, cfg.compile, cfg.hardware_compile_mode,
@@ -716,12 +727,13 @@ def fit_task(job, net, train, select, pictures, epochs, folder, label="phase1"):
             loss = task_loss(logits[:len(chunk)], soft_BC.to(ddp.device), cfg, weight_C)
             if len(logits) > len(chunk):
                 loss = loss + cfg.phase1_js * jensen_shannon(logits.unflatten(0, (3, len(chunk))))
-            (loss * len(chunk) * ddp.world / len(ids)).backward()       # sums to the mean of the whole batch
+            scaler.scale(loss * len(chunk) * ddp.world / len(ids)).backward()   # sums to the batch's mean
             right = (logits[:len(chunk)].argmax(1).cpu() == soft_BC.argmax(1)).sum()
             seen += [len(chunk), float(right), float(loss.detach()) * len(chunk)]
         average_gradients(live.values(), ddp)
+        scaler.unscale_(optim)
         torch.nn.utils.clip_grad_norm_(live.values(), 1.0)
-        optim.step()
+        scaler.step(optim), scaler.update()
         selfsup.average_into(ema, live, min(0.9999, (1 + step) / (10 + step)))
         run.check_finite(step, loss=seen[2])
         if step % per_epoch == 0 or step == steps:
@@ -735,12 +747,12 @@ def fit_task(job, net, train, select, pictures, epochs, folder, label="phase1"):
         run.save_if_due(folder, step, steps, per_epoch, state, ddp)
         if epoch - book["epoch"] > cfg.phase1_patience:
             break
-    return dict(best=best, ema=ema, rows=book["rows"], mcc=book["mcc"], ema_won=book["ema_won"])
+    best = [{n: best[f"{slot}.{n}"] for n in live} for *_, slot in book["top"]]
+    return dict(best=best, ema=ema, rows=book["rows"], mcc=book["top"][0][0], ema_won=book["top"][0][2])
 
 
 def gate(job, train, select):
-    """Train 'basic' and 'strong' pictures briefly; strong stays if VAL_SELECT agrees -> (choice,
-    decision)."""
+    """Train on 'basic' and 'strong' briefly; strong stays if VAL_SELECT agrees -> (choice, decision)."""
     cfg, ddp, paths = job[:3]
     result = {}
     for pictures in ("basic", "strong"):
@@ -770,9 +782,7 @@ def run_phase1(job):
     fit = fit_task(job, net, train, select, pictures, cfg.phase1_epochs, paths.phase1_dir)
     if ddp.rank:
         return {}, {}
-    names = ("phase1_metrics", "model_best", "model_last", "model_ema", "val_calib_logits",
-             "val_select_logits")
-    outputs = {name: getattr(paths, name) for name in names}
+    outputs = {n: getattr(paths, n) for n in ("phase1_metrics", "val_calib_logits", "val_select_logits")}
     if decision:
         bundle.write_json(paths.gate_json, decision)
         outputs["gate"] = paths.gate_json
@@ -788,10 +798,14 @@ def run_phase1(job):
 
 
 def save_trained(net, fit, cfg, paths, train, select, log):
-    """Write the last, averaged and best weights, adapters merged; the best also gets its MaC-Cal head."""
+    """Write the last, averaged and three best weights, adapters merged; the best one gets its MaC-Cal head.
+
+    -> outputs.
+    """
     outputs, meta = {}, facts(cfg, cfg.model_head, cfg.phase1_mac_cal)
-    for path, values in ((paths.model_last, {}), (paths.model_ema, fit["ema"]),
-                         (paths.model_best, fit["best"])):
+    kept = dict(zip(("model_best", "model_second", "model_third"), fit["best"]))
+    for name, values in (kept | dict(model_ema=fit["ema"], model_last={})).items():
+        path = outputs[name] = getattr(paths, name)
         with selfsup.swapped(net, {n: t.cpu() for n, t in values.items()}):
             done = copy.deepcopy(net).eval()
         if adapted(done) and path == paths.model_best:
@@ -800,7 +814,7 @@ def save_trained(net, fit, cfg, paths, train, select, log):
         merge(done)
         if cfg.phase1_mac_cal and path == paths.model_best:
             f = [infer(done, s, cfg, torch.device("cpu")) for s in (train, select)]
-            done.head_mac.load_state_dict(done.head.state_dict())
+            done.head_mac.load_state_dict(done.head.state_dict() | dict(masks=done.head_mac.masks))
             log("mac_cal", rho=mac_cal(done.head_mac, f[0], train.labels(), f[1], select.labels(), cfg.seed))
         bundle.save_tensors(path, done.state_dict(), meta)
     return outputs
@@ -809,7 +823,7 @@ def save_trained(net, fit, cfg, paths, train, select, log):
 def facts(cfg, head, mac):
     """What load_model must know beside the tensors."""
     return dict(size=cfg.model_size, features=cfg.model_features, head=head, hidden=cfg.model_hidden, mac=mac,
-                image=cfg.model_image, preprocess=cfg.model_preprocess)
+                masks=cfg.phase1_mac_masks, image=cfg.model_image, preprocess=cfg.model_preprocess)
 
 
 def fit_probes(cfg, paths, ddp, train, select):
@@ -869,16 +883,16 @@ def run_phase4c(job):
     train = store.open("TRAIN", "phase4c_cvfm", "grad")
     select = store.open("VAL_SELECT", "phase4c_cvfm", "select")
     f_train, f_select = (infer(net, s, cfg, ddp.device, views=True) for s in (train, select))
-    net, y_train, y_select = net.cpu(), train.labels(), select.labels()
+    net, y_train, y_select, odd = net.cpu(), train.labels(), select.labels(), cfg.phase4c_inverse
     modules, rows, report = {}, [], {}
 
     def judge(mode, module):
-        return answers(fuse_features(mode, *f_select, net, module)[0], y_select)["val_mcc"]
+        return answers(fuse_features(mode, *f_select, net, module, inverse=odd)[0], y_select)["val_mcc"]
     for mode in MODES:
         if mode in fusion.TRAINED:
             modules[mode], new = fusion.train_fusion(mode, net, f_train, y_train, cfg, judge)
             rows += new
-        logits, weights = fuse_features(mode, *f_select, net, modules.get(mode))
+        logits, weights = fuse_features(mode, *f_select, net, modules.get(mode), inverse=odd)
         s = scorecard.score(probability(logits.double()), y_select, 0.5, select.groups(), cfg.eval_resamples,
                             cfg.seed)
         report[mode] = dict(mcc=s["metrics"]["mcc"], ci=s["ci"].get("mcc"), weights=weights.mean(0).tolist())
@@ -899,9 +913,9 @@ def run_phase4c(job):
     net = net.cpu()
     for samples, f, path in ((select, f_select, paths.val_select_fused),
                              (calib, f_calib, paths.val_calib_fused)):
-        fused = {"logits": fuse_features(chosen, *f, net, modules.get(chosen))[0]}
-        if net.head_mac is not None:
-            fused["logits_mac"] = fuse_features(chosen, *f, net, modules.get(chosen), mac=True)[0]
+        fused = {"logits_mac" if mac else "logits":
+                 fuse_features(chosen, *f, net, modules.get(chosen), mac, odd)[0]
+                 for mac in (False, True)[:1 + (net.head_mac is not None)]}
         save_logits(path, net, f[0], samples, fused)
     names = ("cvfm_weights", "cvfm_report", "cvfm_metrics", "val_calib_fused", "val_select_fused")
     return {n: getattr(paths, n) for n in names}, dict(mode=chosen, mcc=report[chosen]["mcc"])
@@ -911,8 +925,7 @@ def run_phase4c(job):
 
 
 def run_phase5(job):
-    """CALIB_FIT picks and fits the calibrator and the cut; CALIB_CONF, untouched by that, gives
-    guarantees."""
+    """CALIB_FIT picks and fits calibrator and cut; CALIB_CONF, untouched by that, gives guarantees."""
     cfg, _, paths, store, log = job
     fused = (paths.phase4c_dir / "manifest.json").is_file()
     calib, select = ((paths.val_calib_fused, paths.val_select_fused) if fused
@@ -954,7 +967,8 @@ def run_phase5(job):
 def run_phase6(job):
     """Copy what prediction needs into export/, every file with its hash in bundle.json."""
     cfg, _, paths, store, _ = job
-    config = facts(cfg, cfg.model_head, cfg.phase1_mac_cal) | dict(views=views_of(cfg), class_names=CLASSES)
+    config = facts(cfg, cfg.model_head, cfg.phase1_mac_cal) | dict(
+        views=views_of(cfg), inverse=cfg.phase4c_inverse, class_names=CLASSES)
     card = dict(model_name=cfg.phase6_name, version=cfg.phase6_version, submitted_by=cfg.phase6_submitter)
     manifests = {p: getattr(paths, STEPS[p].folder) / "manifest.json" for p in PHASES[:-1]}
     return export.write_bundle(
@@ -982,8 +996,8 @@ def evaluate(cfg):
     test = store.open("VAL_TEST", "evaluate", "report")
     report = testreport.report(predictor, test, paths.evaluation_dir, store.data, quick=cfg.mode == "quick",
                                resamples=cfg.eval_resamples, windows=cfg.eval_windows, seed=cfg.seed,
-                               level=cfg.eval_confidence, bundle_sha256=sha256_file(path),
-                               warning=store.splits["warning"])
+                               level=cfg.eval_confidence, method=cfg.eval_interval,
+                               bundle_sha256=sha256_file(path), warning=store.splits["warning"])
     if Path(paths.run, "log.jsonl").is_file():
         run.record(paths.run, "eval", n=len(test), n_groups=report["n_groups"],
                    **report["results"]["bundle"]["scrc"]["metrics"])
@@ -1016,6 +1030,7 @@ def train(cfg):
     if not 0 < cfg.phase4a_temperature <= 1:
         raise run.UserError(f"--phase4a-temperature must be in (0, 1], not {cfg.phase4a_temperature}")
     ddp, paths = run.init(cfg.device), Paths(cfg.out)
+    serving.scaler(cfg.hardware_precision, ddp.device)          # refuses fp16 without CUDA
     log = run.Log(cfg, ddp)
     paths.ensure_dirs()
     if ddp.rank == 0:
@@ -1055,17 +1070,9 @@ def plan(cfg):
     """Size and cost of phase 1 without allocating the model."""
     with torch.device("meta"):
         net = build(cfg, ViT.sized(cfg.model_size))
+    D, depth, *_, patch = SIZES[cfg.model_size]
     params = sum(p.numel() for p in net.parameters())
-    tokens = 5 + (cfg.model_image // SIZES[cfg.model_size][5]) ** 2
-    D, depth = SIZES[cfg.model_size][:2]
-    forward = 2 * params * tokens + 4 * depth * tokens**2 * D
-    backward = {"head": 0, "peft": 1, "full": 2}[cfg.phase1_mode]
-    batch = cfg.phase1_batch * cfg.phase1_accumulate
-    trained = params if cfg.phase1_mode == "full" else params // 50
-    act = 2 * cfg.phase1_batch * tokens * D * depth * 16 * (backward > 0)
-    run.print_plan(cfg, dict(params=params, flops_per_step=forward * (1 + backward) * batch,
-                             memory_gb_per_rank=round((4 * params + 16 * trained + act) / 1e9, 3),
-                             disk_gb=round((16 * params + 8 * params) / 1e9, 3), hours_at_mfu=None))
+    run.print_plan(cfg, speed.cost(cfg, params, D, depth, 5 + (cfg.model_image // patch) ** 2))
 
 
 def ablate(cfg):
@@ -1074,8 +1081,7 @@ def ablate(cfg):
 
 
 def bench(cfg):
-    """Time of a training step and of a forward pass: eager float32, eager at --hardware-precision,
-    compiled."""
+    """Times of a training step and a forward pass: float32, at --hardware-precision, compiled."""
     print(speed.table(speed.bench(cfg, lambda: build(cfg, ViT.sized(cfg.model_size)),
                                   run.init(cfg.device).device)))
 

@@ -20,24 +20,24 @@ from common.files import read_json
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def rope_table(rows, cols, head_dim, theta=100., stretch=1.):
-    """cos and sin [rows * cols, head_dim] of patch centres, each axis scaled to [-1, 1] and by stretch."""
+def rope_table(rows, cols, head_dim, theta=100., stretch=1., skip=0):
+    """Tables [skip + rows * cols, head_dim] for rotate: cosines, and sines whose first half is negated.
+
+    Places are patch centres, each axis scaled to [-1, 1] and by stretch; the first `skip` tokens (class and
+    registers) have no place and stay as they are: cosine 1, sine 0.
+    """
     y, x = ((torch.arange(n) + 0.5) / n * 2 - 1 for n in (rows, cols))
     at_P2 = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1) * stretch
     frequency = theta ** -torch.arange(0, 1, 4 / head_dim)                       # K / 4 of them
-    angle_PK = (2 * math.pi * at_P2[:, :, None] * frequency).flatten(1).tile(2)
-    return angle_PK.cos(), angle_PK.sin()
+    angle_PK = F.pad((2 * math.pi * at_P2[:, :, None] * frequency).flatten(1), (0, 0, skip, 0))
+    sin_LK = angle_PK.sin()
+    return angle_PK.cos().tile(2), torch.cat([-sin_LK, sin_LK], 1)
 
 
-def rotate(t_BHLK, cos_PK, sin_PK):
-    """Rotary embedding t cos + [-second half, first half] sin of the last P tokens; class and register tokens
-    have no place.  Written as two passes over t: the sign sits in the table, roll swaps the halves.
-    """
-    skip, half = t_BHLK.shape[2] - len(cos_PK), cos_PK.shape[1] // 2
-    sin_PK = torch.cat([-sin_PK[:, :half], sin_PK[:, half:]], 1)
-    if skip:
-        cos_PK, sin_PK = F.pad(cos_PK, (0, 0, skip, 0), value=1.0), F.pad(sin_PK, (0, 0, skip, 0))
-    return torch.addcmul(t_BHLK * cos_PK, t_BHLK.roll(half, -1), sin_PK)
+def rotate(t_BHLK, cos_LK, sin_LK):
+    """Rotary embedding t cos + [-second half, first half] sin, as two passes over t: the sign sits in the
+    table, roll swaps the halves."""
+    return torch.addcmul(t_BHLK * cos_LK, t_BHLK.roll(cos_LK.shape[1] // 2, -1), sin_LK)
 
 
 class Block(nn.Module):
@@ -54,12 +54,12 @@ class Block(nn.Module):
         if gated:
             self.mlp["gate_proj"] = nn.Linear(D, hidden)
 
-    def forward(self, x_BLD, cos_PK, sin_PK):
+    def forward(self, x_BLD, cos_LK, sin_LK):
         a, m = self.attention, self.mlp
         h_BLD = self.norm1(x_BLD)
         q, k, v = (a[name](h_BLD).unflatten(2, (self.heads, -1)).transpose(1, 2)
                    for name in ("q_proj", "k_proj", "v_proj"))
-        h_BHLK = F.scaled_dot_product_attention(rotate(q, cos_PK, sin_PK), rotate(k, cos_PK, sin_PK), v)
+        h_BHLK = F.scaled_dot_product_attention(rotate(q, cos_LK, sin_LK), rotate(k, cos_LK, sin_LK), v)
         h_BLD = a["o_proj"](h_BHLK.transpose(1, 2).flatten(2))
         x_BLD = torch.addcmul(x_BLD, self.layer_scale1["lambda1"], h_BLD)
         h_BLD = self.norm2(x_BLD)
@@ -84,9 +84,10 @@ class Backbone(nn.Module):
     def tokens(self, x_BCHW, stretch=1.):
         """Preprocessed images -> all tokens [B, L, D] after the final norm; stretch scales the positions."""
         x_BDhw = self.embeddings.patch_embeddings(x_BCHW)
-        rope = rope_table(*x_BDhw.shape[2:], self.D // self.heads, self.theta, stretch)
-        rope = [t.to(x_BDhw) for t in rope]
         e, B = self.embeddings, len(x_BCHW)
+        skip = 1 + e.register_tokens.shape[1]
+        rope = rope_table(*x_BDhw.shape[2:], self.D // self.heads, self.theta, stretch, skip)
+        rope = [t.to(x_BDhw) for t in rope]
         x_BLD = torch.cat([e.cls_token.expand(B, -1, -1), e.register_tokens.expand(B, -1, -1),
                            x_BDhw.flatten(2).mT], 1)
         for block in self.layer:

@@ -461,10 +461,12 @@ def test_dino_reads_both_key_layouts_and_its_own_sizes(tmp_path, gated):
 def test_dino_position_is_relative_and_registers_have_none(tmp_path):
     """Scores depend on the offset of two patches; class and register tokens are not turned."""
     from common.dino import rope_table, rotate
-    cos, sin = rope_table(4, 4, 32)
-    t = torch.randn(1, 1, 16, 32)
-    # channel k turns with k + K/2
-    pair = torch.complex(t[..., :16], t[..., 16:]) * torch.complex(cos, sin)[:, :16]
+    cos, sin = rope_table(4, 4, 32, skip=3)
+    t = torch.randn(1, 1, 19, 32)
+    # channel k turns with k + K/2; the table's sine is negated in its first half
+    turn = torch.complex(cos, sin)[:, 16:]
+    assert torch.equal(sin[:, :16], -sin[:, 16:]) and torch.all(turn[:3] == 1)
+    pair = torch.complex(t[..., :16], t[..., 16:]) * turn
     assert torch.allclose(rotate(t, cos, sin), torch.cat([pair.real, pair.imag], -1), atol=1e-6)
     q, k = (torch.randn(1, 1, 1, 32).expand(1, 1, 19, 32) for _ in range(2))
     score = (rotate(q, cos, sin) @ rotate(k, cos, sin).mT)[0, 0]

@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy.special import expit, logit
 
 import streetvision as sv
 from common import run
-from common.street import (ablation, adapters, augment, bundle, conformal, fusion, pipeline, probe, scorecard,
-                           selfsup, serving, splits, streets, subnet, views)
-from common.classify import binary_metrics
-from common.street.calibrate import retention
+from common.street import (ablation, adapters, augment, bundle, conformal, fusion, index, pipeline, probe,
+                           scorecard, selfsup, serving, splits, streets, subnet, views)
+from common.classify import binary_metrics, bootstrap
+from common.street.maccal import MaskedHead, mac_cal, retention
 
 ROOT = Path(sv.__file__).parent
 torch.set_num_threads(1)
@@ -76,7 +76,7 @@ def shas(folder):
 def test_full_pipeline_leaves_every_artifact(done):
     _, paths = done
     for name in sv.ARTIFACTS:
-        if name not in ("gate_json", "peft_adapters", "explora_lora"):       # made by other settings
+        if name not in ("gate_json", "peft_adapters", "explora_lora", "model_third"):   # other settings
             assert getattr(paths, name).exists(), name
     plots = {p.name for p in paths.evaluation_dir.glob("*.png")}
     assert plots == {"roc_curve.png", "pr_curve.png", "confusion_matrix.png", "reliability_diagram.png",
@@ -285,9 +285,50 @@ def test_stop_and_resume_gives_the_same_weights(data, done, tmp_path, monkeypatc
         sv.train(cfg)
     assert json.loads((home / "pipeline_state.json").read_text())["phase1"]["status"] == "failed"
     sv.train(cfg)
-    for name in ("model_best", "model_last", "model_ema"):
+    for name in ("model_best", "model_second", "model_last", "model_ema"):
         assert getattr(sv.Paths(str(home)), name).read_bytes() == getattr(paths, name).read_bytes()
     assert not (home / "phase1" / "ckpt").exists()
+
+
+def test_the_three_best_epochs_are_kept_by_mcc_and_the_better_of_weights_and_average(monkeypatch):
+    net, ema = torch.nn.Linear(1, 1), {"weight": torch.zeros(1, 1)}
+    live = {"weight": net.weight}
+    told = iter([0.1, 0.3, 0.2, 0.1, 0.3, 0.0, 0.2, 0.25, 0.3005, 0.1])     # weights, average; five epochs
+    monkeypatch.setattr(sv, "infer", lambda *a, **k: None)
+    monkeypatch.setattr(sv, "head_logits", lambda *a: None)
+    monkeypatch.setattr(sv, "answers", lambda z, y: dict(val_mcc=next(told)))
+    net.head, best, book = None, {}, dict(top=[], epoch=-1)
+    select = type("Select", (), dict(labels=lambda self: None))()
+    patience = []
+    for epoch in range(5):
+        with torch.no_grad():
+            net.weight.fill_(epoch + 1), ema["weight"].fill_(-epoch - 1)
+        sv.judge(net, ema, select, None, None, best, book, epoch, live)
+        patience.append(book["epoch"])
+    kept = [(mcc, epoch, won, float(best[f"{slot}.weight"])) for mcc, epoch, won, slot in book["top"]]
+    # a later equal score does not displace an earlier one; 0.0005 more is better, but no progress
+    assert kept == [(0.3005, 4, False, 5.0), (0.3, 0, True, -1.0), (0.3, 2, False, 3.0)]
+    assert patience == [0] * 5
+
+
+def test_float16_is_refused_without_cuda_and_its_scaler_changes_nothing_but_the_range(data, done, tmp_path,
+                                                                                      monkeypatch, capsys):
+    with pytest.raises(run.UserError, match="needs a CUDA device"):
+        sv.train(config(tmp_path / "no", data, hardware_precision="fp16"))
+    assert not (tmp_path / "no" / "log.jsonl").exists()
+    ends = []
+    for scale in (None, 2.0 ** 9):
+        home = tmp_path / str(scale)
+        (home / "source").mkdir(parents=True)
+        shutil.copy(done[1].source_weights, home / "source")
+        if scale:                                       # float32 gradients, scaled by a power of two: exact
+            monkeypatch.setattr(serving, "scaler",
+                                lambda *a: torch.amp.GradScaler("cpu", init_scale=scale))
+        sv.train(config(home, data, phases="phase4a,phase1", steps=2, phase1_mac_cal=False))
+        paths = sv.Paths(str(home))
+        ends.append([run.load_weights(f)[0] for f in (paths.explora_checkpoint, paths.model_last)])
+    for plain, scaled in zip(*ends):
+        assert all(torch.equal(plain[k], scaled[k]) for k in plain)
 
 
 def cloned(done, tmp_path, **more):
@@ -351,6 +392,35 @@ def test_bench_writes_three_cases_without_promises(done, tmp_path, monkeypatch):
     assert [r["case"] for r in rows] == ["eager-fp32"] * 2 + ["eager-auto"] * 2 + ["compile-auto"]
     assert all(r["ms_mean"] > 0 and r["images_per_s"] > 0
                for r in rows[:4]) and "failed" in rows[4]["skipped"]
+
+
+def test_inverse_entropy_weights_reach_the_bundle(done, tmp_path):
+    cfg, paths = cloned(done, tmp_path, phase4c_inverse=True, phase4c_mode="weighted_uncertainty")
+    sv.train(dataclasses.replace(cfg, phases="phase4c,phase5,phase6"))
+    predictor = sv.RoadworkPredictor(paths.bundle_json)
+    f_NVF = torch.randn(7, 3, predictor.net.width)
+    logits = predictor.net.head(f_NVF)
+    for inverse in (True, False):
+        want = fusion.fuse("weighted_uncertainty", logits, inverse=inverse)[1].numpy()
+        assert np.allclose(predictor.fused(f_NVF, None, mac=False)[1], want, atol=1e-6) == inverse
+
+
+def test_bca_intervals_of_the_report_are_those_of_the_bootstrap(done, tmp_path):
+    cfg, paths = cloned(done, tmp_path, eval_interval="bca")
+    sv.evaluate(cfg)
+    report = json.loads(paths.evaluation_report_json.read_text())
+    cell = report["results"]["single_view"]["raw_argmax"]
+    rows = [line.split(",") for line in paths.predictions_csv.read_text().splitlines()[1:]]
+    p, y = np.array([float(r[3]) for r in rows]), np.array([int(r[2]) for r in rows])
+    own = bootstrap(binary_metrics(p, y, 0.5), len(y), np.array([r[1] for r in rows]), cfg.eval_resamples,
+                    method="bca", seed=cfg.seed)
+    for name in ("mcc", "nll", "roc_auc"):
+        assert [cell["ci"][name][end] for end in ("lower", "upper")] == pytest.approx(
+            [own[name]["lower"], own[name]["upper"]], abs=1e-9)
+    assert report["bootstrap"]["method"] == "bca"
+    before = json.loads(done[1].evaluation_report_json.read_text())
+    assert before["bootstrap"]["method"] == "percentile"
+    assert before["results"]["single_view"]["raw_argmax"]["ci"]["nll"] != cell["ci"]["nll"]
 
 
 def test_evaluate_from_the_command_line(done, tmp_path):
@@ -523,6 +593,22 @@ def test_index_reader_guesses_nothing(tmp_path):
     (tmp_path / "index.jsonl").write_text('{"path": "a", "label": 2}\n')
     with pytest.raises(run.UserError, match="row 1"):
         splits.read_index(tmp_path)
+
+
+def test_columns_of_the_hugging_face_export_are_read_nested_or_dotted(tmp_path):
+    rows = [{"image": {"path": "a.jpg", "bytes": None}, "label": 1, "city_name": "Lyon",
+             "video_info": {"vid_id": 7, "seq_id": 1, "frame_id": 3},
+             "scene_level_tags": {"weather": "rain"}},
+            {"image": "b.jpg", "label": 0, "video_info.vid_id": 7, "scene_level_tags.daytime": "night"},
+            {"image": "c.jpg", "label": 0, "video_info": {"vid_id": None, "seq_id": "s"}},
+            {"path": "d.jpg", "image": "other.jpg", "label": 0, "group": "own", "video_info": {"vid_id": 7}},
+            {"image": "e.jpg", "label": 1, "video_info": None}]
+    (tmp_path / "index.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    read = index.read_index(tmp_path)
+    assert [r["id"] for r in read] == ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"]
+    assert [r["group"] for r in read] == ["7", "7", "s", "own", "e.jpg"]
+    assert read[0]["weather"] == "rain" and read[0]["city"] == "Lyon" and read[0]["frame"] == 3
+    assert read[1]["daytime"] == "night" and "weather" not in read[1]
 
 
 # --- model and adapters -----------------------------------------------------
@@ -981,9 +1067,40 @@ def test_street_scenes_are_reproducible_balanced_and_hold_what_they_say():
         things = {t[0] for t in streets.layout(0, k)["things"]}
         assert bool(things & set(streets.POSITIVE)) == bool(label[k])
     assert np.mean([streets.layout(0, k, "B")["night"] for k in range(200)]) > 0.45
+    seen = {t[0] for k in range(400) for t in streets.layout(0, k)["things"]}
+    assert seen == {*streets.POSITIVE, *streets.NEGATIVE}
+    assert set(streets.POSITIVE) >= {"excavator", "fence", "worker"} and "poster" in streets.NEGATIVE
+
+
+def test_every_thing_of_a_street_leaves_its_own_mark():
+    marks = {}
+    for kind in (*streets.POSITIVE, *streets.NEGATIVE):
+        image = Image.new("RGB", (120, 120), (88, 88, 92))
+        streets._thing(ImageDraw.Draw(image), kind, 60, 90, 30, lambda c: c, 0.2)
+        mark = np.asarray(image) != (88, 88, 92)
+        assert 60 < mark.any(2).sum() < 7000 and not mark[105:].any(), kind     # it stands on its foot point
+        marks[kind] = np.asarray(image).tobytes()
+    assert len(set(marks.values())) == len(marks)
 
 
 # --- fusion -----------------------------------------------------------------
+
+
+def test_frames_embedded_once_are_the_views_of_every_sample(data):
+    samples = splits.Samples(splits.read_index(data)[:9], data)
+    net = sv.Classifier(tiny_vit(), "cls_mean", "linear", 0, 0.0).eval()
+    plan = dict(source="frames", canvas=0, grid=3, overlap=0.0)
+    f_NVF, boxes = serving.infer(net, samples, torch.device("cpu"), 32, views=plan)
+    for i in (0, 4, 8):
+        x, box = views.make_views(samples, i, 32, source="frames")
+        with torch.no_grad():
+            assert torch.allclose(net.features(x), f_NVF[i], atol=1e-5) and torch.equal(box, boxes[i])
+    alone = serving.Loose([samples.image(0)])
+    f_1VF, _ = serving.infer(net, alone, torch.device("cpu"), 32, views=plan)
+    assert torch.equal(f_1VF[0, 0], f_1VF[0, 2]) and torch.allclose(f_1VF[0, 0], f_NVF[0, 0], atol=1e-5)
+    tiles = dict(plan, source="tiles", grid=2)
+    f_NVF, boxes = serving.infer(net, samples, torch.device("cpu"), 32, views=tiles)
+    assert f_NVF.shape == (9, 5, 64) and boxes.shape == (9, 5, 4)
 
 
 def test_fusion_weights_sum_to_one_and_follow_permutations():
@@ -1059,6 +1176,34 @@ def test_temperature_platt_and_beta_recover_the_truth():
     assert rising.params["a"] == 0 and rising.params["b"] == 0
 
 
+def test_beta_variants_and_dirichlet_recover_what_each_can_say():
+    rng = np.random.default_rng(0)
+    p = rng.beta(1, 1, 40000)
+    for name, w in (("beta_am", (1.7, 1.7, -0.4)), ("beta_ab", (0.6, 1.9, 0.0)),
+                    ("dirichlet", (0.6, 1.9, 0.4))):
+        truth = expit(w[0] * np.log(p) - w[1] * np.log(1 - p) + w[2])
+        y = (rng.random(len(p)) < truth).astype(int)
+        fitted = sv.CALIBRATORS[name]().fit(p, y)
+        assert np.abs(fitted(p) - truth).max() < 0.02               # three standard errors at this n
+        if name != "dirichlet":
+            assert [fitted.params[k] for k in "abc"] == pytest.approx(w, abs=0.08)
+    down = (rng.random(len(p)) < 1 - p).astype(int)                 # labels run against the score
+    assert sv.CALIBRATORS["beta_am"]().fit(p, down).params["a"] == 0
+    ab = sv.CALIBRATORS["beta_ab"]().fit(p, down).params
+    assert ab["a"] >= 0 and ab["b"] >= 0 and ab["c"] == 0
+    # Dirichlet may turn the score round: it has no sign constraint
+    assert np.abs(sv.CALIBRATORS["dirichlet"]().fit(p, down)(p) - (1 - p)).max() < 0.02
+
+
+def test_linear_ensemble_is_the_average_of_its_members():
+    p, y = toy(500, 2.0)
+    fitted = sv.CALIBRATORS["ensemble_linear"]().fit(p, y)
+    q = np.stack([sv.CALIBRATORS["identity"].from_json(m)(p) for m in fitted.params["members"]])
+    assert fitted(p) == pytest.approx(np.array(fitted.params["weights"]) @ q, abs=1e-12)
+    assert np.all(fitted(p) <= q.max(0) + 1e-12) and np.all(fitted(p) >= q.min(0) - 1e-12)
+    assert sum(fitted.params["weights"]) == pytest.approx(1)
+
+
 def test_isotonic_maps_are_monotone_bounded_and_equal_block_means():
     p, y = toy(400)
     grid = np.linspace(0, 1, 501)
@@ -1076,7 +1221,7 @@ def test_calibrators_reload_bit_for_bit_from_json(name):
     again = sv.CALIBRATORS[name].from_json(json.loads(json.dumps(fitted.to_json())))
     grid = np.linspace(0, 1, 97)
     assert type(again) is type(fitted) and np.array_equal(fitted(grid), again(grid))
-    if name == "ensemble":
+    if name.startswith("ensemble"):
         w = np.array(fitted.params["weights"])
         assert len(w) == 3 and w.sum() == pytest.approx(1) and w.min() >= 0
 
@@ -1095,6 +1240,37 @@ def test_calibration_choice_names_reasons_and_never_takes_a_collapsed_method():
 def test_mac_cal_retention_follows_the_confidence_gap():
     values = [retention(0.9, 0.2), retention(0.6, 0.5), retention(0.9, -0.4)]
     assert values == pytest.approx([0.8, 0.5, 1.0])
+
+
+def test_masked_head_averages_its_masks_and_without_any_is_the_plain_head():
+    torch.manual_seed(0)
+    plain = sv.make_head("mlp", 6, 8, 0.0).eval()
+    f_NF = torch.randn(5, 6)
+    assert torch.equal(MaskedHead(plain)(f_NF), plain(f_NF))
+    head = MaskedHead(plain, 16).eval()
+    head.draw(0.7, 3)
+    assert head.masks.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    before = head.masks.clone()
+    head.draw(0.7, 3)
+    assert torch.equal(before, head.masks)
+    answer = lambda m: plain[:-1](f_NF) @ (m * plain[-1].weight).T + plain[-1].bias
+    want = sum(answer(m).softmax(1) for m in head.masks) / 16
+    assert torch.allclose(head(f_NF).softmax(1), want, atol=1e-6)
+    assert torch.allclose(head(f_NF).exp().sum(1), torch.ones(5), atol=1e-6)
+    y = (f_NF[:, 0] > 0).long().numpy()
+    rho = mac_cal(head, f_NF, y, f_NF, y, 0, epochs=2)
+    assert 0.5 <= rho <= 1 and head.masks.max() == pytest.approx(1 / rho)
+
+
+def test_mac_cal_masks_travel_in_the_model_file(done, data, tmp_path):
+    home = tmp_path / "run"
+    (home / "source").mkdir(parents=True)
+    shutil.copy(done[1].source_weights, home / "source")
+    sv.train(config(home, data, phases="phase1", model_init_from_explora=False, steps=1, phase1_mac_masks=4))
+    paths = sv.Paths(str(home))
+    net, z = sv.load_model(paths.model_best), run.load_weights(paths.val_calib_logits)[0]
+    assert net.head_mac.masks.shape == (4, 2, 64)
+    assert torch.allclose(net.head_mac(z["features"]), z["logits_mac"], atol=1e-6)
 
 
 def test_threshold_is_the_middle_of_the_plateau():

@@ -25,6 +25,7 @@ from common.sealed import load_weights, save_weights
 from common.flags import UserError
 
 POLICIES = ("threshold", "gate", "scrc", "temperature", "dirichlet", "beta", "platt", "isotonic", "ensemble")
+TENSORS = "streetvision/tensors@1"
 REQUIRED = {"threshold": ("threshold",), "scrc": ("scrc_params",), "temperature": ("temperature",)}
 
 
@@ -57,17 +58,16 @@ def read_json(path):
 
 
 def save_tensors(path, tensors, meta):
-    """run.save_weights under one metadata key: safetensors writes several in random order, and equal weights
-    must be equal bytes."""
-    save_weights(path, tensors, {"meta": meta})
+    """Weights with the facts of `meta` in the file's metadata; equal tensors and facts are equal bytes."""
+    save_weights(path, tensors, dict(meta, schema=TENSORS))
 
 
 def load_tensors(path, device="cpu"):
     """(tensors, meta) of a file of save_tensors; UserError when it is damaged or another kind of file."""
     tensors, meta = load_weights(path, device)
-    if not isinstance(meta.get("meta"), dict):
+    if meta.pop("schema", None) != TENSORS:
         raise UserError(f"{path} was not written by this program")
-    return tensors, meta["meta"]
+    return tensors, meta
 
 
 # --- manifests -----------------------------------------------------------

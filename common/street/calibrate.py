@@ -6,24 +6,21 @@ With s = logit p, p kept 1e-7 away from 0 and 1:
     temperature     sigma(s / T)                       1706.04599    one parameter; order and cut 1/2 stay
     platt           sigma(a s + b)                                   targets pulled in as Platt proposed
     beta            sigma(a ln p - b ln(1 - p) + c)    Kull 2017     a, b >= 0
+    beta_am         the same with a = b (platt without pulled targets);  beta_ab: with c = 0
+    dirichlet       softmax(W (ln(1 - p), ln p) + v)   1910.12656    off-diagonal of W and v are penalised
     isotonic        pool adjacent violators          any increasing map; as scikit-learn's, clipped outside
     isotonic_pchip  a monotone cubic through blocks of the isotonic fit
     ensemble        sigma(sum_k w_k logit q_k) of the best three, w = softmax(theta) fitted out of fold
+    ensemble_linear sum_k w_k q_k of the same three, weights fitted for this sum
 """
 
-import math
-
 import numpy as np
-import torch
-import torch.nn.functional as F
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import isotonic_regression, minimize, minimize_scalar
 from scipy.special import expit, logit, softmax
 
-from common import run
 from common.classify import binary_metrics, bootstrap, mcc_sweep, negative_log_likelihood
 from common.street.splits import unit
-from common.street.views import step_indices
 
 
 def margin(prob):
@@ -96,21 +93,73 @@ class Platt(Calibrator):
 
 class Beta(Calibrator):
     def fit(self, prob, label, group=None):
-        s = margin(prob)
-        x = np.c_[-np.logaddexp(0, -s), np.logaddexp(0, s), np.ones_like(s)]         # ln p, -ln(1 - p), 1
-        y = np.asarray(label, np.float64)
+        x, y = self.features(prob), np.asarray(label, np.float64)
         w = _logistic(x, y, np.array([1.0, 1.0, 0.0]))
         if w[0] < 0:
             w = np.r_[0.0, _logistic(x[:, 1:], y, np.array([1.0, 0.0]))]
         elif w[1] < 0:
             w = np.insert(_logistic(x[:, [0, 2]], y, np.array([1.0, 0.0])), 1, 0.0)
-        w[:2] = np.maximum(w[:2], 0)
-        self.params = dict(zip("abc", map(float, w)))
+        return self.keep(w)
+
+    def keep(self, w):
+        self.params = dict(a=max(float(w[0]), 0.0), b=max(float(w[1]), 0.0), c=float(w[2]))
         return self
 
+    @staticmethod
+    def features(prob):
+        """ln p, -ln(1 - p), 1."""
+        s = margin(prob)
+        return np.c_[-np.logaddexp(0, -s), np.logaddexp(0, s), np.ones_like(s)]
+
     def __call__(self, prob):
-        s, w = margin(prob), self.params
-        return expit(-w["a"] * np.logaddexp(0, -s) + w["b"] * np.logaddexp(0, s) + w["c"])
+        return expit(self.features(prob) @ [self.params[k] for k in "abc"])
+
+
+class BetaAM(Beta):
+    def fit(self, prob, label, group=None):
+        x, y = self.features(prob), np.asarray(label, np.float64)
+        a, c = _logistic(np.c_[x[:, 0] + x[:, 1], x[:, 2]], y, np.array([1.0, 0.0]))
+        return self.keep((a, a, c))
+
+
+class BetaAB(Beta):
+    def fit(self, prob, label, group=None):
+        x, y = self.features(prob)[:, :2], np.asarray(label, np.float64)
+        w = _logistic(x, y, np.ones(2))
+        if w.min() < 0:
+            k = int(w[0] < 0)                                       # the other one alone
+            w = np.where(np.arange(2) == k, _logistic(x[:, [k]], y, np.ones(1)), 0.0)
+        return self.keep((*w, 0.0))
+
+
+class Dirichlet(Calibrator):
+    PENALTY = 1e-3
+
+    def fit(self, prob, label, group=None):
+        x_N2 = self.logs(prob)
+        hot_N2 = np.eye(2)[np.asarray(label, np.int64)]
+        spared = np.r_[np.eye(2).ravel(), 0.0, 0.0]                 # the diagonal of W goes free
+
+        def loss(w):
+            z = x_N2 @ w[:4].reshape(2, 2).T + w[4:]
+            logp = z - np.logaddexp(z[:, :1], z[:, 1:])
+            slope = (np.exp(logp) - hot_N2) / len(z)
+            extra = self.PENALTY * (1 - spared) * w
+            grad = np.r_[(slope.T @ x_N2).ravel(), slope.sum(0)] + extra
+            return -np.mean((hot_N2 * logp).sum(1)) + extra @ w / 2, grad
+        w = minimize(loss, np.r_[np.eye(2).ravel(), 0.0, 0.0], jac=True, method="L-BFGS-B",
+                     options=dict(maxiter=2000, ftol=1e-15, gtol=1e-10)).x
+        self.params = dict(W=w[:4].tolist(), v=w[4:].tolist())
+        return self
+
+    @staticmethod
+    def logs(prob):
+        s = margin(prob)
+        return np.c_[-np.logaddexp(0, s), -np.logaddexp(0, -s)]     # ln(1 - p), ln p
+
+    def __call__(self, prob):
+        z = self.logs(prob) @ np.reshape(self.params["W"], (2, 2)).T + self.params["v"]
+        return expit(z[:, 1] - z[:, 0])
 
 
 def pava(prob, label):
@@ -182,26 +231,33 @@ class Ensemble(Calibrator):
 
     def fit(self, prob, label, group=None):
         label = np.asarray(label)
-        oof = {m: out_of_fold(m, prob, label, group) for m in self.MEMBERS}
-        best = sorted(oof, key=lambda m: negative_log_likelihood(np.clip(oof[m], 1e-7, 1 - 1e-7), label))[:3]
-        z_NK = np.stack([margin(oof[m]) for m in best], 1)
-
-        def loss(theta):
-            z = z_NK @ softmax(theta)
-            return np.mean(np.logaddexp(0, z) - label * z)
+        oof = {m: np.clip(out_of_fold(m, prob, label, group), 1e-7, 1 - 1e-7) for m in self.MEMBERS}
+        best = sorted(oof, key=lambda m: negative_log_likelihood(oof[m], label))[:3]
+        q_NK = np.stack([oof[m] for m in best], 1)
+        loss = lambda theta: negative_log_likelihood(self.mix(q_NK, softmax(theta)), label)
         weights = softmax(minimize(loss, np.zeros(len(best)), method="L-BFGS-B").x)
         self.params = dict(weights=weights.tolist(),
                            members=[CALIBRATORS[m]().fit(prob, label).to_json() for m in best])
         return self
 
+    @staticmethod
+    def mix(q_NK, weight_K):
+        return expit(margin(q_NK) @ weight_K)
+
     def __call__(self, prob):
-        z = np.stack([margin(Calibrator.from_json(m)(prob)) for m in self.params["members"]])
-        return expit(np.tensordot(self.params["weights"], z, 1))
+        q_NK = np.stack([Calibrator.from_json(m)(prob) for m in self.params["members"]], 1)
+        return self.mix(q_NK, np.asarray(self.params["weights"]))
+
+
+class EnsembleLinear(Ensemble):
+    @staticmethod
+    def mix(q_NK, weight_K):
+        return q_NK @ weight_K
 
 
 CALIBRATORS = {"identity": Identity, "temperature": Temperature, "platt": Platt, "beta": Beta,
-               "isotonic": Isotonic,
-               "isotonic_pchip": IsotonicPchip, "ensemble": Ensemble}
+               "beta_am": BetaAM, "beta_ab": BetaAB, "dirichlet": Dirichlet, "isotonic": Isotonic,
+               "isotonic_pchip": IsotonicPchip, "ensemble": Ensemble, "ensemble_linear": EnsembleLinear}
 
 
 def compare_calibrators(z, n_thresholds, prior=None):
@@ -245,40 +301,3 @@ def compare_calibrators(z, n_thresholds, prior=None):
         best = plain
     best.update(status="selected")
     return rows, best["method"]
-
-# --- MaC-Cal ---------------------------------------------------------------
-
-
-def mac_cal(head, features_NF, label_N, select_NF, select_label_N, seed, epochs=10, lr=1e-3, batch=64):
-    """MaC-Cal (2508.09116) as far as published: retrain a head under random masks of its last matrix -> last
-    rho.
-
-    W' = (M * W) / rho, M ~ Bernoulli(rho), features fixed; after an epoch rho <- retention(rho, confidence -
-    accuracy) on the selection split, so over-confidence makes it sparser.  The update rule is ours, the
-    paper's was not available. Train in place; at inference there is no mask.
-    """
-    rho, per_epoch = 1.0, math.ceil(len(features_NF) / batch)
-    head.cpu().requires_grad_(True)
-    optim = torch.optim.AdamW(head.parameters(), lr)
-    for step in range(1, epochs * per_epoch + 1):
-        _, ids = step_indices(len(features_NF), batch, step, seed)
-        run.seed_all(seed, 5, step)
-        head.train()
-        last = head[-1]
-        mask = torch.bernoulli(torch.full_like(last.weight, rho))
-        logits = F.linear(head[:-1](features_NF[ids]), mask * last.weight / rho, last.bias)
-        loss = F.cross_entropy(logits, torch.from_numpy(label_N[ids]))
-        optim.zero_grad()
-        loss.backward()
-        optim.step()
-        if step % per_epoch == 0:
-            with torch.no_grad():
-                p = head.eval()(select_NF).softmax(1)
-            sure, right = p.amax(1).mean(), (p.argmax(1).numpy() == select_label_N).mean()
-            rho = retention(rho, float(sure) - float(right))
-    return rho
-
-
-def retention(rho, gap):
-    """rho - gap / 2, kept in [0.5, 1]."""
-    return min(max(rho - 0.5 * gap, 0.5), 1.0)

@@ -9,6 +9,7 @@ ARTIFACTS = dict(
     phase4a_dir="phase4a_explora", explora_checkpoint="phase4a_explora/explora_checkpoint.safetensors",
     explora_lora="phase4a_explora/explora_lora.safetensors",
     phase1_dir="phase1", model_best="phase1/model_best.safetensors",
+    model_second="phase1/model_second.safetensors", model_third="phase1/model_third.safetensors",
     model_last="phase1/model_last.safetensors", model_ema="phase1/model_ema.safetensors",
     peft_adapters="phase1/peft_adapters.safetensors", gate_json="phase1/augmentation_gate.json",
     probe_before="phase1/probe_before.safetensors", probe_after="phase1/probe_after.safetensors",

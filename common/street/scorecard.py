@@ -26,7 +26,7 @@ class Resampled:
     resamples 0: values without intervals.
     """
 
-    def __init__(self, cells, label, group, resamples, seed, pairs=None, level=0.95):
+    def __init__(self, cells, label, group, resamples, seed, pairs=None, level=0.95, method="percentile"):
         self.cells, self.label, self.resamples = cells, np.asarray(label, bool), resamples
         measures, whole = [], {}
         key = {name: (np.asarray(p).tobytes(), float(t)) for name, (p, t) in cells.items()}
@@ -47,7 +47,8 @@ class Resampled:
                 ends = [(rows[self.place[a]], rows[self.place[b]]) for a, b in list_]
                 out |= {("pair", name, m): sum(x[m] - y[m] for x, y in ends) / len(ends) for m in rows[0]}
             return out
-        self.full = bootstrap(statistic, len(self.label), group, max(resamples, 1), level, seed=seed)
+        self.full = bootstrap(statistic, len(self.label), group, max(resamples, 1), level,
+                              method if resamples else "percentile", seed)
 
     def _counts(self, prob, threshold):
         hit, y = np.asarray(prob) >= threshold, self.label
@@ -110,7 +111,8 @@ def slices(rows, names, prob, label, threshold, group, resamples, seed, least=30
     return out
 
 
-def selective(prob, label, threshold, accepted, sets, group, resamples, seed):
+def selective(prob, label, threshold, accepted, sets, group, resamples, seed, level=0.95,
+              method="percentile"):
     """Coverage, risk (label not in the set) and error among the accepted, each with its interval; risk at
     coverages, AURC."""
     y = np.asarray(label, np.int64)
@@ -125,7 +127,8 @@ def selective(prob, label, threshold, accepted, sets, group, resamples, seed):
         with np.errstate(invalid="ignore", divide="ignore"):
             return dict(coverage=taken / w.sum(1), risk=(w @ (accepted & missed)) / taken,
                         error=(w @ (accepted & wrong)) / taken, set_size=1 + (w @ (accepted & both)) / taken)
-    full = bootstrap(statistic, len(y), group, max(resamples, 1), seed=seed)
+    full = bootstrap(statistic, len(y), group, max(resamples, 1), level,
+                     method if resamples else "percentile", seed)
     out = {k: {n: v[n] for n in (("value", "lower", "upper") if resamples else ("value",))}
            for k, v in full.items()}
     at = {f"risk_at_{c}": float(curve[max(0, round(c * len(y)) - 1)]) for c in (0.5, 0.8, 0.9, 1.0)}

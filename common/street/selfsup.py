@@ -144,20 +144,20 @@ def swapped(net, tensors):
 # --- accumulation ------------------------------------------------------------
 
 
-def each_alone(embed, micro, loss_of, seed):
-    """Backward of the mean of loss_of(z1, z2) over micro-batches [(2, b, ...)] -> (loss, z1, z2)."""
+def each_alone(embed, micro, loss_of, seed, scale=lambda loss: loss):
+    """Backward of scale(mean of loss_of(z1, z2) over micro-batches [(2, b, ...)]) -> (loss, z1, z2)."""
     parts = []
     for k, x in enumerate(micro):
         run.seed_all(*seed, k)
         z1, z2 = embed(x.flatten(0, 1)).chunk(2)
         loss = loss_of(z1, z2)
-        (loss / len(micro)).backward()
+        scale(loss / len(micro)).backward()
         parts.append((loss.detach(), z1.detach(), z2.detach()))
     losses, z1, z2 = zip(*parts)
     return torch.stack(losses).mean(), torch.cat(z1), torch.cat(z2)
 
 
-def gradcache(embed, micro, loss_of, seed):
+def gradcache(embed, micro, loss_of, seed, scale=lambda loss: loss):
     """Backward of loss_of over all micro-batches together, in the memory of one (GradCache, 2101.06983).
 
     Embed everything without a graph, take the gradient of the loss of the embeddings, then embed each
@@ -171,7 +171,7 @@ def gradcache(embed, micro, loss_of, seed):
     leaves = [z.detach().requires_grad_(True) for z in leaves]
     z1, z2 = (torch.cat(z) for z in zip(*(leaf.chunk(2) for leaf in leaves)))
     loss = loss_of(z1, z2)
-    loss.backward()
+    scale(loss).backward()
     for k, x in enumerate(micro):
         run.seed_all(*seed, k)
         embed(x.flatten(0, 1)).backward(leaves[k].grad)

@@ -14,14 +14,23 @@ from common.classify import binary_metrics, mcc_sweep
 from common.street import bundle, conformal, fusion
 from common.street.calibrate import Calibrator
 from common.street.subnet import returned
-from common.street.views import make_views, resized, stack
+from common.street.views import frames_of, make_views, resized, stack
 
 
 def autocast(precision, device):
     """auto trusts compute capability 8.0: emulated bfloat16 is slow, and also counts as supported."""
     if precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
+    if precision == "fp16":
+        return torch.autocast(device.type, torch.float16)
     return run.autocast(device, precision == "auto")
+
+
+def scaler(precision, device):
+    """The gradient scaler of a training run: float16 needs one, all else gets one that does nothing."""
+    if precision == "fp16" and device.type != "cuda":
+        raise run.UserError("--hardware-precision fp16 needs a CUDA device; use fp32 or bf16")
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 @torch.no_grad()
@@ -29,23 +38,37 @@ def infer(net, samples, device, size, how="square", views=None, precision="auto"
     """Features of all samples, float32 on the CPU: [N, F], or ([N, V, F], boxes [N, V, 4]) when views are
     wanted.
 
-    views: dict(source, canvas, grid, overlap) of common.street.views.make_views.
+    views: dict(source, canvas, grid, overlap) of common.street.views.make_views.  Of frames every one goes
+    through the net once, however many samples it is a view of.
     """
     net.eval()
-    features, boxes = [], []
-    for start in range(0, len(samples), chunk):
-        at = range(start, min(start + chunk, len(samples)))
-        if views:
-            made = [make_views(samples, i, size, how, **views) for i in at]
-            x_NVCHW, box_NV4 = (torch.stack(t) for t in zip(*made))
-            x, shape = x_NVCHW.flatten(0, 1), x_NVCHW.shape[:2]
-            boxes.append(box_NV4)
-        else:
-            x = stack(lambda i: resized(samples.image(i), size, how), at, workers)
+
+    def embed(x):
         with autocast(precision, device):
-            f = net.features(x.to(device)).float().cpu()
-        features.append(f.view(*shape, -1) if views else f)
-    return (torch.cat(features), torch.cat(boxes)) if views else torch.cat(features)
+            return net.features(x.to(device)).float().cpu()
+    if views and views["source"] == "tiles":
+        features, boxes = [], []
+        for a in range(0, len(samples), chunk):
+            made = [make_views(samples, i, size, how, **views)
+                    for i in range(a, min(a + chunk, len(samples)))]
+            x_NVCHW, box_NV4 = (torch.stack(t) for t in zip(*made))
+            features.append(embed(x_NVCHW.flatten(0, 1)).unflatten(0, x_NVCHW.shape[:2]))
+            boxes.append(box_NV4)
+        return torch.cat(features), torch.cat(boxes)
+    wanted_NV = np.array([frames_of(samples, i) if views else [i] for i in range(len(samples))])
+    need, place = np.unique(wanted_NV, return_inverse=True)
+    boxes = {}
+
+    def picture(i):
+        image = samples.image(i)
+        boxes[i] = (0.0, 0.0, *image.size)
+        return resized(image, size, how)
+    need = need.tolist()
+    f_MF = torch.cat([embed(stack(picture, need[a:a + chunk], workers)) for a in range(0, len(need), chunk)])
+    if not views:
+        return f_MF
+    place_NV = torch.from_numpy(place.reshape(wanted_NV.shape))
+    return f_MF[place_NV], torch.tensor([boxes[i] for i in need])[place_NV]
 
 
 @torch.no_grad()
@@ -60,12 +83,12 @@ def probability(logits_NC):
     return scipy.special.softmax(np.asarray(logits_NC, np.float64), 1)[:, 1]
 
 
-def fuse_features(mode, f_NVF, boxes_NV4, net, module=None, mac=False):
+def fuse_features(mode, f_NVF, boxes_NV4, net, module=None, mac=False, inverse=False):
     """Features of all views -> (logits [N, 2], weights [N, V]); module: the trained one, mac: use the second
-    head."""
+    head, inverse: of fusion.fuse."""
     head = net.head_mac if mac else net.head
     if mode not in fusion.TRAINED:
-        return fusion.fuse(mode, head_logits(head, f_NVF), boxes_NV4)
+        return fusion.fuse(mode, head_logits(head, f_NVF), boxes_NV4, inverse=inverse)
     with torch.no_grad():
         logits, weights, _ = module.eval()(f_NVF, head.eval())
     return logits, weights
@@ -189,7 +212,8 @@ class Predictor:
         default."""
         mode = mode or self.bundle["fusion_mode"]
         mac = self.params["head"] == "head_mac" if mac is None else mac
-        logits, weights = fuse_features(mode, f_NVF, boxes_NV4, self.net, self.modules.get(mode), mac)
+        logits, weights = fuse_features(mode, f_NVF, boxes_NV4, self.net, self.modules.get(mode), mac,
+                                        self.config["inverse"])
         return probability(logits.double()), weights.numpy()
 
     def policy(self, prob, ids):

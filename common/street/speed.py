@@ -1,5 +1,5 @@
-"""Time a model on this machine: forward pass and training step, eager in float32, at another precision,
-compiled."""
+"""What a model costs: an estimate, and times on this machine (eager in float32, at another precision,
+compiled)."""
 
 import json
 import statistics
@@ -10,6 +10,18 @@ import torch
 import torch.nn.functional as F
 
 from common.street import bundle, pipeline, serving
+
+
+def cost(cfg, params, D, depth, tokens):
+    """Estimate of phase 1 for `plan`: floating-point operations of a step, memory of a rank, disk."""
+    forward = 2 * params * tokens + 4 * depth * tokens**2 * D
+    backward = {"head": 0, "peft": 1, "full": 2}[cfg.phase1_mode]
+    trained = params if cfg.phase1_mode == "full" else params // 50
+    act = 2 * cfg.phase1_batch * tokens * D * depth * 16 * (backward > 0)
+    return dict(params=params,
+                flops_per_step=forward * (1 + backward) * cfg.phase1_batch * cfg.phase1_accumulate,
+                memory_gb_per_rank=round((4 * params + 16 * trained + act) / 1e9, 3),
+                disk_gb=round((16 * params + 8 * params) / 1e9, 3), hours_at_mfu=None)
 
 
 def clock(work, warmup, steps, device):

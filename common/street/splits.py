@@ -1,5 +1,4 @@
-"""Who may see which image: an index of labelled images, hash splits by group, and a store that enforces
-roles.
+"""Who may see which image: hash splits by group, and a store that enforces roles.
 
 A group (the frames of one video) falls into a split by the hash of its own name, so adding data moves
 nothing. SplitStore.open is the only door to samples; it checks a table of roles, writes every grant to
@@ -18,62 +17,20 @@ from PIL import Image
 
 from common.files import read_json, sha256_file, write_atomic
 from common.flags import UserError
-from common.images import EXTENSIONS, decode
+from common.images import decode
+from common.street.index import read_index
 
 SHARES = {"TRAIN": 0.60, "VAL_SELECT": 0.15, "VAL_CALIB": 0.15, "VAL_TEST": 0.10}
 # parts of a split, cut by a second hash of the group name: (split, lower, upper end of the unit interval)
 PARTS = {"TRAIN_INNER": ("TRAIN", 0.0, 0.05), "TRAIN_OUTER": ("TRAIN", 0.05, 1.0),
          "CALIB_FIT": ("VAL_CALIB", 0.0, 0.5), "CALIB_CONF": ("VAL_CALIB", 0.5, 1.0)}
-FOLDERS = {"0": 0, "no_roadwork": 0, "none": 0, "1": 1, "roadwork": 1}
 
 
 class LeakageError(Exception):
     """A phase asked for data it must not see."""
 
 
-# --- index -------------------------------------------------------------------
-
-
-def read_index(data):
-    """Rows [{id, path, label, group, ...}] of index.jsonl, labels.json or class folders under `data`.
-
-    A row without a group is its own group.  Raises UserError naming the first bad row or folder.
-    """
-    root = Path(data)
-    if (root / "index.jsonl").is_file():
-        rows = read_lines(root / "index.jsonl")
-    elif (root / "labels.json").is_file():
-        rows = [dict(path=r.get("filename"), label=r.get("label")) if isinstance(r, dict) else r
-                for r in read_json(root / "labels.json", list)]
-    elif root.is_dir() and (folders := sorted(p for p in root.iterdir() if p.is_dir())):
-        if odd := [p.name for p in folders if p.name.lower() not in FOLDERS]:
-            raise UserError(f"{root / odd[0]}: a class folder must be one of "
-                            f"{', '.join(FOLDERS)}; or write index.jsonl")
-        rows = [dict(path=str(f.relative_to(root)), label=FOLDERS[p.name.lower()])
-                for p in folders for f in sorted(p.rglob("*")) if f.suffix.lower() in EXTENSIONS]
-    else:
-        raise UserError(f"{root} holds no index.jsonl, no labels.json and no class folders; "
-                        "`demo-data --out DIR` draws a data set")
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or row.get("label") not in (0, 1) or not isinstance(row.get("path"), str):
-            raise UserError(f"{root}: row {number} needs a path and a label 0 or 1, got {row}")
-        row["id"] = row["path"]
-        group = row.get("group") or row.get("vid_id") or row.get("seq_id")
-        row["group"] = str(group) if group not in (None, "") else row["path"]
-    if len({r["id"] for r in rows}) != len(rows) or not rows:
-        raise UserError(f"{root}: {len(rows)} rows, {len({r['id'] for r in rows})} different paths")
-    return rows
-
-
-def read_lines(path):
-    """The JSON values of a file's lines."""
-    rows = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except (ValueError, RecursionError):
-            raise UserError(f"{path}, line {number}: not JSON") from None
-    return rows
+# --- near duplicates ----------------------------------------------------------
 
 
 def dhash(image):

@@ -1,9 +1,10 @@
 """Procedural street scenes with and without roadwork: a data set that a laptop draws in seconds.
 
 A scene is a group: a few frames of one street while the camera moves forward.  Positive scenes hold cones,
-barrels, barrier boards or diamond signs; every scene holds look-alikes in the same colours, so colour alone
-does not tell.  Style B (night, pale, noisy) is the domain shift.  One scene is a function of (seed, scene,
-style).
+barrels, barrier boards, diamond signs, excavators, mesh fences or workers in vests; every scene holds
+look-alikes of the same colours or shapes, so neither alone tells: a poster of a cone, a person without a vest
+and a yellow van are no roadwork.  Style B (night, pale, noisy) is the domain shift.  One scene is a function
+of (seed, scene, style).
 
     image = frame(seed=0, scene=7, index=1)[0]        PIL RGB, 160 x 160
 """
@@ -17,9 +18,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 ORANGE, WHITE, RED = (245, 120, 25), (240, 240, 235), (200, 35, 35)
-BLACK, YELLOW = (25, 25, 25), (235, 200, 40)
-POSITIVE = ("cone", "barrel", "barrier", "worksign")
-NEGATIVE = ("car", "van", "awning", "tree", "yellowsign", "stop")
+BLACK, YELLOW, GREY, LIME = (25, 25, 25), (235, 200, 40), (120, 120, 120), (200, 235, 40)
+POSITIVE = ("cone", "barrel", "barrier", "worksign", "excavator", "fence", "worker")
+NEGATIVE = ("car", "van", "awning", "tree", "yellowsign", "stop", "poster", "person")
 CITIES = ("north", "river", "hill", "port", "mill")
 
 
@@ -54,7 +55,7 @@ def _barrier(pen, x, y, s, shade, stripe=RED):
 
 
 def _diamond(pen, x, y, s, shade, colour=ORANGE, figure=True):
-    _box(pen, x, y, 0.08 * s, 1.1 * s, shade((120, 120, 120)))
+    _box(pen, x, y, 0.08 * s, 1.1 * s, shade(GREY))
     c, r = y - 1.4 * s, 0.55 * s
     pen.polygon([(x, c - r), (x + r, c), (x, c + r), (x - r, c)], shade(colour))
     if figure:
@@ -70,6 +71,51 @@ def _car(pen, x, y, s, shade, colour=ORANGE, high=0.8):
                     shade(BLACK))
 
 
+def _excavator(pen, x, y, s, shade):
+    """Yellow body and cab on dark tracks, an arm of two beams with a bucket."""
+    _box(pen, x, y, 1.6 * s, 0.3 * s, shade(BLACK))
+    _box(pen, x + 0.15 * s, y - 0.3 * s, 1.2 * s, 0.5 * s, shade(YELLOW))
+    _box(pen, x + 0.1 * s, y - 0.8 * s, 0.5 * s, 0.45 * s, shade((70, 85, 100)))
+    arm = [(x - 0.3 * s, y - 0.7 * s), (x - 0.9 * s, y - 1.5 * s), (x - 1.4 * s, y - 0.6 * s)]
+    pen.line(arm, shade(YELLOW), max(1, round(0.16 * s)))
+    tip, low = x - 1.4 * s, y - 0.6 * s
+    pen.polygon([(tip - 0.2 * s, low), (tip + 0.2 * s, low), (tip + 0.1 * s, low + 0.35 * s)], shade(BLACK))
+
+
+def _fence(pen, x, y, s, shade):
+    """Orange plastic mesh between two posts: one sees through it."""
+    wide, thin = 2.4 * s, max(1, round(0.07 * s))
+    for k in range(7):
+        at = x - wide / 2 + k * wide / 6
+        pen.line([(at, y), (at, y - 0.9 * s)], shade(ORANGE), thin)
+    for k in range(4):
+        at = y - 0.15 * s - k * 0.25 * s
+        pen.line([(x - wide / 2, at), (x + wide / 2, at)], shade(ORANGE), thin)
+    for side in (-0.5, 0.5):
+        _box(pen, x + side * wide, y, 0.1 * s, s, shade((70, 60, 50)))
+
+
+def _person(pen, x, y, s, shade, top, vest):
+    """Someone on foot; with a vest: reflecting stripes and a helmet."""
+    for side in (-0.12, 0.12):
+        _box(pen, x + side * s, y, 0.16 * s, 0.6 * s, shade((45, 50, 80)))
+    _box(pen, x, y - 0.55 * s, 0.5 * s, 0.65 * s, shade(top))
+    pen.ellipse((x - 0.15 * s, y - 1.5 * s, x + 0.15 * s, y - 1.18 * s), shade((215, 165, 135)))
+    if vest:
+        for low in (0.7, 0.95):
+            _box(pen, x, y - low * s, 0.5 * s, 0.08 * s, shade(WHITE))
+        pen.pieslice((x - 0.2 * s, y - 1.6 * s, x + 0.2 * s, y - 1.2 * s), 180, 360, shade(YELLOW))
+
+
+def _poster(pen, x, y, s, shade):
+    """An advertisement that shows a cone; no roadwork, though the cone is a perfect one."""
+    for side in (-0.5, 0.5):
+        _box(pen, x + side * s, y, 0.1 * s, 0.7 * s, shade(GREY))
+    _box(pen, x, y - 0.6 * s, 1.5 * s, 1.4 * s, shade((60, 70, 150)))
+    _box(pen, x, y - 0.7 * s, 1.3 * s, 1.2 * s, shade(WHITE))
+    _cone(pen, x, y - 0.9 * s, 0.8 * s, shade)
+
+
 def _thing(pen, kind, x, y, s, shade, pick):
     """Draw one object of foot point (x, y) and size s pixels; pick in [0, 1) chooses its variant."""
     if kind == "cone":
@@ -80,15 +126,25 @@ def _thing(pen, kind, x, y, s, shade, pick):
         _barrier(pen, x, y, s, shade, RED if pick < 0.5 else ORANGE)
     elif kind == "worksign":
         _diamond(pen, x, y, s, shade)
+    elif kind == "excavator":
+        _excavator(pen, x, y, 1.3 * s, shade)
+    elif kind == "fence":
+        _fence(pen, x, y, s, shade)
+    elif kind == "worker":
+        _person(pen, x, y, 1.2 * s, shade, LIME if pick < 0.5 else ORANGE, True)
+    elif kind == "person":
+        _person(pen, x, y, 1.2 * s, shade, (140, 40, 60) if pick < 0.7 else ORANGE, False)
+    elif kind == "poster":
+        _poster(pen, x, y, s, shade)
     elif kind == "yellowsign":
         _diamond(pen, x, y, s, shade, YELLOW)
     elif kind == "stop":
-        _box(pen, x, y, 0.08 * s, 1.2 * s, shade((120, 120, 120)))
+        _box(pen, x, y, 0.08 * s, 1.2 * s, shade(GREY))
         pen.regular_polygon((x, y - 1.4 * s, max(0.5 * s, 1)), 8, fill=shade(RED))
     elif kind == "car":
         _car(pen, x, y, 1.5 * s, shade, ORANGE if pick < 0.6 else RED)
     elif kind == "van":
-        _car(pen, x, y, 1.6 * s, shade, ORANGE, 1.2)
+        _car(pen, x, y, 1.6 * s, shade, ORANGE if pick < 0.6 else YELLOW, 1.2)
     elif kind == "awning":
         _box(pen, x, y - 1.2 * s, 2.2 * s, 0.5 * s, shade(ORANGE))
         for k in (-0.6, 0.2):

@@ -58,7 +58,7 @@ def comparisons(cells):
     return {name: [ends] for name, ends in wanted.items() if set(ends) <= set(cells)}
 
 
-def scores(answer, probes, y, group, resamples, seed, level=0.95):
+def scores(answer, probes, y, group, resamples, seed, level=0.95, method="percentile"):
     """results {mode: {policy: score}}, baseline {probe: score}, paired {name: differences}; one set of
     resamples.
 
@@ -68,7 +68,7 @@ def scores(answer, probes, y, group, resamples, seed, level=0.95):
     cells |= {f"{name}/raw": (p, 0.5) for name, (p, _) in probes.items()}
     cells |= {f"{name}/tuned": cell for name, cell in probes.items()}
     pairs = comparisons(cells)
-    table = scorecard.Resampled(cells, y, group, resamples, seed, pairs, level)
+    table = scorecard.Resampled(cells, y, group, resamples, seed, pairs, level, method)
     results = {mode: {policy: table.score(f"{mode}/{policy}") for policy in row}
                for mode, row in answer.items()}
     return dict(results=results, baseline={name: table.score(f"{name}/tuned") for name in probes},
@@ -125,7 +125,7 @@ def cautions(choose, params, warning):
 
 
 def report(predictor, test, out, data, *, quick, resamples, windows, seed, bundle_sha256, level=0.95,
-           warning=None):
+           method="percentile", warning=None):
     """Score everything, write evaluation_report.json, predictions.csv, slices.csv and, unless quick,
     plots."""
     out = Path(out)
@@ -135,11 +135,12 @@ def report(predictor, test, out, data, *, quick, resamples, windows, seed, bundl
     f, boxes = predictor.features(test)
     answer = answers(predictor, f, boxes)
     probes = {name: predictor.probe(name, test) for name in predictor.probes}
-    scored = scores(answer, probes, y, group, resamples, seed, level)
+    scored = scores(answer, probes, y, group, resamples, seed, level, method)
     prob = predictor.fused(f, boxes)[0]
     final = predictor.policy(prob, test.ids())
     p, tau = final["p_cal"], params["decision_threshold"]
-    choose = scorecard.selective(p, y, tau, final["accepted"], final["sets"], group, resamples, seed)
+    choose = scorecard.selective(p, y, tau, final["accepted"], final["sets"], group, resamples, seed, level,
+                                 method)
     few = min(resamples, 500)
     table = scorecard.slices(test.rows, ("city", "daytime", "weather", "source"), p, y, tau, group, few, seed)
     table = [dict(r, coverage=None, risk=None) for r in table]
@@ -152,7 +153,8 @@ def report(predictor, test, out, data, *, quick, resamples, windows, seed, bundl
         acceptance=acceptance(scored["paired"]), warnings=cautions(choose, params, warning),
         noise_floor=calibration_noise_floor(p, y, seed=seed),
         reward_simulation=simulate_reward(final["p_out"], y, windows, seed) if windows else None,
-        bootstrap=dict(n_resamples=resamples, confidence_level=level, unit="group", seed=seed)))
+        bootstrap=dict(n_resamples=resamples, confidence_level=level, unit="group", seed=seed,
+                       method=method)))
     write_predictions(out / "predictions.csv", test, answer["single_view"]["raw_argmax"][0], prob, final)
     write_csv(out / "slices.csv", table)
     if not quick:

@@ -61,18 +61,22 @@ def step_indices(n, per_step, step, seed):
     return epoch, order[k * per_step:(k + 1) * per_step]
 
 
+def frames_of(samples, i):
+    """Sample i, then two more frames of its group, or itself when there are none."""
+    others = [j for j in samples.of_group(i) if j != i][:2]
+    return [i, *(others + [i, i])[:2]]
+
+
 def make_views(samples, i, S, how="square", source="tiles", canvas=0, grid=3, overlap=0.15):
     """Views of sample i -> (x [V, 3, S, S], boxes [V, 4] in pixels): the whole image first.
 
-    tiles: grid x grid overlapping tiles of it; frames: two more frames of its group, or itself when there are
-    none.
+    tiles: grid x grid overlapping tiles of it; frames: those of frames_of.
     """
-    image = samples.image(i)
     if source == "frames":
-        others = [j for j in samples.of_group(i) if j != i][:2]
-        views = [image] + [samples.image(j) for j in (others + [i, i])[:2]]
+        views = [samples.image(j) for j in frames_of(samples, i)]
         return torch.stack([resized(v, S, how) for v in views]), \
             torch.tensor([[0.0, 0.0, v.width, v.height] for v in views])
+    image = samples.image(i)
     box = (0, 0, *image.size)
     if canvas:
         image, box = letterbox(image, canvas)

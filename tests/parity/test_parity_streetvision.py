@@ -202,6 +202,34 @@ def test_calibrators_equal_scikit_learn():
         assert np.allclose(ours(p), fit.predict_proba(x)[:, 1], atol=1e-5)
 
 
+def test_beta_variants_and_dirichlet_equal_scikit_learn(monkeypatch):
+    linear = pytest.importorskip("sklearn.linear_model")
+    p, y = toy()
+    logs = np.c_[np.log(p), -np.log(1 - p)]
+    exact = dict(C=1e11, tol=1e-12, max_iter=5000)
+    for name, x, more in (("beta_am", logs.sum(1)[:, None], {}), ("beta_ab", logs, dict(fit_intercept=False)),
+                          ("dirichlet", logs, {})):
+        monkeypatch.setattr(sv.CALIBRATORS["dirichlet"], "PENALTY", 0.0)     # then a plain regression
+        fit = linear.LogisticRegression(**exact, **more).fit(x, y)
+        assert name == "dirichlet" or fit.coef_.min() >= 0                   # else ours is constrained
+        got = sv.CALIBRATORS[name]().fit(p, y)(p)
+        assert np.allclose(got, fit.predict_proba(x)[:, 1], atol=1e-5), name
+
+
+def test_linear_ensemble_has_the_weights_of_a_direct_search():
+    """The NLL of sum_k w_k q_k on out-of-fold answers is no worse than on a fine grid of the simplex."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    from common.street.calibrate import out_of_fold
+    p, y = toy()
+    fitted = sv.CALIBRATORS["ensemble_linear"]().fit(p, y)
+    names = [m["method"] for m in fitted.params["members"]]
+    q = np.stack([np.clip(out_of_fold(m, p, y), 1e-7, 1 - 1e-7) for m in names], 1)
+    grid = [(a / 20, b / 20, (20 - a - b) / 20) for a in range(21) for b in range(21 - a)]
+    best = min(metrics.log_loss(y, q @ np.array(w)) for w in grid)
+    # the best mixture may lie on a side of the simplex, which softmax only approaches
+    assert metrics.log_loss(y, q @ np.array(fitted.params["weights"])) <= best + 1e-5
+
+
 def test_scores_equal_scikit_learn_under_bootstrap_weights():
     m = pytest.importorskip("sklearn.metrics")
     p, y = toy(200)
