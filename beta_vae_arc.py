@@ -899,7 +899,7 @@ def evaluate(cfg):
                 seconds=round(time.perf_counter() - began, 1))
     name = "metrics.json" if cfg.split == "test" else f"metrics_{cfg.split}.json"
     write_atomic(out / name, json.dumps(body, indent=1, allow_nan=False).encode())
-    kind = "evaluate" if cfg.split == "test" else f"on {cfg.split}"         # tables show what is called evaluate
+    kind = "evaluate" if cfg.split == "test" else f"on {cfg.split}"     # tables show what is called evaluate
     run.record(out, kind, n=len(held), met=target["met"],
                **{k: result[k] for k in ("cell_acc", "nonbg_acc", "exact_acc", "elbo_nats")})
     report(body, PRESETS.get(ran.preset, {}).get("goal", {}))

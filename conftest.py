@@ -1,4 +1,4 @@
-"""Lets pytest processes share the tests: with ONEFILE_QUEUE=FOLDER, files go to whoever takes them first."""
+"""Lets pytest processes share the tests: with ONEFILE_QUEUE=FOLDER files go to whoever takes them first."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ def mine(path):
 
 
 def pytest_collection_modifyitems(items):
-    if QUEUE:                                   # the longest files first: then both end at about the same time
+    if QUEUE:                                   # the longest files first: both end at about the same time
         size = {path: path.stat().st_size for path in {item.path for item in items}}
         items.sort(key=lambda item: -size[item.path])
 

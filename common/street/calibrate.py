@@ -15,16 +15,14 @@ With s = logit p, p kept 1e-7 away from 0 and 1:
 """
 
 import numpy as np
-from scipy.interpolate import PchipInterpolator
-from scipy.optimize import isotonic_regression, minimize, minimize_scalar
-from scipy.special import expit, logit, softmax
+import scipy
 
 from common.classify import binary_metrics, bootstrap, mcc_sweep, negative_log_likelihood
 from common.street.splits import unit
 
 
 def margin(prob):
-    return logit(np.clip(np.asarray(prob, np.float64), 1e-7, 1 - 1e-7))
+    return scipy.special.logit(np.clip(np.asarray(prob, np.float64), 1e-7, 1 - 1e-7))
 
 
 class Calibrator:
@@ -59,21 +57,22 @@ class Temperature(Calibrator):
         s = margin(prob)
         y = np.asarray(label)
         loss = lambda t: np.mean(np.logaddexp(0, s / np.exp(t)) - y * s / np.exp(t))
-        found = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded",
+        found = scipy.optimize.minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded",
                                 options=dict(xatol=1e-10))
         self.params = dict(T=float(np.exp(found.x)))
         return self
 
     def __call__(self, prob):
-        return expit(margin(prob) / self.params["T"])
+        return scipy.special.expit(margin(prob) / self.params["T"])
 
 
 def _logistic(features_NK, target, start):
     """Weights of sigma(X w) that minimise the cross-entropy with soft targets."""
     def loss(w):
         z = features_NK @ w
-        return np.mean(np.logaddexp(0, z) - target * z), features_NK.T @ (expit(z) - target) / len(z)
-    return minimize(loss, start, jac=True, method="L-BFGS-B",
+        slope_K = features_NK.T @ (scipy.special.expit(z) - target) / len(z)
+        return np.mean(np.logaddexp(0, z) - target * z), slope_K
+    return scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B",
                     options=dict(maxiter=2000, ftol=1e-15, gtol=1e-10)).x
 
 
@@ -88,7 +87,7 @@ class Platt(Calibrator):
         return self
 
     def __call__(self, prob):
-        return expit(self.params["a"] * margin(prob) + self.params["b"])
+        return scipy.special.expit(self.params["a"] * margin(prob) + self.params["b"])
 
 
 class Beta(Calibrator):
@@ -112,7 +111,7 @@ class Beta(Calibrator):
         return np.c_[-np.logaddexp(0, -s), np.logaddexp(0, s), np.ones_like(s)]
 
     def __call__(self, prob):
-        return expit(self.features(prob) @ [self.params[k] for k in "abc"])
+        return scipy.special.expit(self.features(prob) @ [self.params[k] for k in "abc"])
 
 
 class BetaAM(Beta):
@@ -147,7 +146,7 @@ class Dirichlet(Calibrator):
             extra = self.PENALTY * (1 - spared) * w
             grad = np.r_[(slope.T @ x_N2).ravel(), slope.sum(0)] + extra
             return -np.mean((hot_N2 * logp).sum(1)) + extra @ w / 2, grad
-        w = minimize(loss, np.r_[np.eye(2).ravel(), 0.0, 0.0], jac=True, method="L-BFGS-B",
+        w = scipy.optimize.minimize(loss, np.r_[np.eye(2).ravel(), 0.0, 0.0], jac=True, method="L-BFGS-B",
                      options=dict(maxiter=2000, ftol=1e-15, gtol=1e-10)).x
         self.params = dict(W=w[:4].tolist(), v=w[4:].tolist())
         return self
@@ -159,14 +158,14 @@ class Dirichlet(Calibrator):
 
     def __call__(self, prob):
         z = self.logs(prob) @ np.reshape(self.params["W"], (2, 2)).T + self.params["v"]
-        return expit(z[:, 1] - z[:, 0])
+        return scipy.special.expit(z[:, 1] - z[:, 0])
 
 
 def pava(prob, label):
     """Isotonic fit -> (mean p, value, weight) of its blocks and the x, y of their two ends."""
     x, inverse, count = np.unique(np.asarray(prob, np.float64), return_inverse=True, return_counts=True)
     mean = np.bincount(inverse, np.asarray(label, np.float64)) / count
-    fit = isotonic_regression(mean, weights=count.astype(np.float64))
+    fit = scipy.optimize.isotonic_regression(mean, weights=count.astype(np.float64))
     start, stop = fit.blocks[:-1], fit.blocks[1:]
     weight = np.add.reduceat(count, start)
     centre = np.add.reduceat(x * count, start) / weight
@@ -205,7 +204,7 @@ class IsotonicPchip(Calibrator):
         if "platt" in self.params:
             return Platt(self.params["platt"])(prob)
         x, y = self.params["x"], self.params["y"]
-        return np.clip(PchipInterpolator(x, y)(np.clip(prob, x[0], x[-1])), 0, 1)
+        return np.clip(scipy.interpolate.PchipInterpolator(x, y)(np.clip(prob, x[0], x[-1])), 0, 1)
 
 
 def folds(group, n, parts=5):
@@ -234,15 +233,16 @@ class Ensemble(Calibrator):
         oof = {m: np.clip(out_of_fold(m, prob, label, group), 1e-7, 1 - 1e-7) for m in self.MEMBERS}
         best = sorted(oof, key=lambda m: negative_log_likelihood(oof[m], label))[:3]
         q_NK = np.stack([oof[m] for m in best], 1)
-        loss = lambda theta: negative_log_likelihood(self.mix(q_NK, softmax(theta)), label)
-        weights = softmax(minimize(loss, np.zeros(len(best)), method="L-BFGS-B").x)
+        loss = lambda theta: negative_log_likelihood(self.mix(q_NK, scipy.special.softmax(theta)), label)
+        theta = scipy.optimize.minimize(loss, np.zeros(len(best)), method="L-BFGS-B").x
+        weights = scipy.special.softmax(theta)
         self.params = dict(weights=weights.tolist(),
                            members=[CALIBRATORS[m]().fit(prob, label).to_json() for m in best])
         return self
 
     @staticmethod
     def mix(q_NK, weight_K):
-        return expit(margin(q_NK) @ weight_K)
+        return scipy.special.expit(margin(q_NK) @ weight_K)
 
     def __call__(self, prob):
         q_NK = np.stack([Calibrator.from_json(m)(prob) for m in self.params["members"]], 1)

@@ -160,8 +160,8 @@ def _safetensors(path):
 def _torch(path):
     try:
         tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError,
-            AssertionError, OverflowError) as error:                # what damaged opcodes lead the unpickler to
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError,
+            AttributeError, AssertionError, OverflowError) as error:      # where damaged opcodes lead
         line = (str(error) or type(error).__name__).splitlines()[0][:160]
         raise UserError(f"{path}: not a plain PyTorch weight file: {line}") from None
     for key in ("ema", "state_dict", "model"):  # training checkpoints: the averaged weights first
