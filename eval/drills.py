@@ -1,7 +1,8 @@
 """What can go wrong, done on purpose: `python -m eval.drills [kill damage hostile disk twice] [--quick]`.
 
 kill     SIGKILL at random moments, the same command again: the weights of an undisturbed run, bit for bit
-damage   each file of a run and of each input format flipped, cut, deleted: one clear line or a clean recovery
+damage   files of a run (36 cases a script, drawn) and of each input format (all, three times) flipped, cut,
+         deleted: one clear line or a clean recovery
 hostile  fuzzed and crafted inputs for every reader: no crash, no hang, no pickle run, no more than 1 GiB
 disk     a disk that fills up during a run: older checkpoints stay whole, the line says what to do
 twice    two processes on one run directory: the second is refused
@@ -57,7 +58,7 @@ def kill(scripts, quick, seed, fuzz):
 
 
 def damage(scripts, quick, seed, fuzz):
-    runs = over(scripts, lambda s: _drill_runs.damaged(s, 8 if quick else 10_000, seed))
+    runs = over(scripts, lambda s: _drill_runs.damaged(s, 8 if quick else 36, seed))
     return {**runs, **_drill_inputs.damage(READERS, 1 if quick else 3, seed)}
 
 
