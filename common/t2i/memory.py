@@ -95,7 +95,7 @@ def unpack(q, scale, base, dtype):
 
 
 def fine_layers(module):
-    """Names of the layers of a transformer that 8 bits would hurt most; empty for text encoders and others."""
+    """Names of the layers of a transformer that 8 bits would hurt most; none for text encoders."""
     for path, part in module.named_modules():
         if hasattr(part, "final_layer"):
             last = {id(m) for m in part.blocks[-1].modules()}
