@@ -599,7 +599,7 @@ def test_an_embedding_in_8_bits_looks_up_the_same_rows_of_a_table_in_8_bits():
     ids = torch.tensor([[0, 299], [7, 7]])
     for kind, bound in (("int8", 6e-3), ("fp8", 3e-2)):      # as for linear layers of Gaussian weights
         small = memory.QEmbedding.of(table, kind)
-        assert torch.equal(small(ids), memory.unpack(small.q, small.scale, torch.float32)[ids])
+        assert torch.equal(small(ids), memory.unpack(small.q, small.scale, small.base, torch.float32)[ids])
         assert (small(ids) - table(ids)).norm() / table(ids).norm() < bound
 
 

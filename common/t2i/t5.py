@@ -1,7 +1,6 @@
 """T5 v1.1 text encoder and its unigram tokenizer in plain Python and torch, read from the public files.
 
-The tokenizer file, a protocol buffer (spiece.model) or tokenizer.json, is parsed here with every length
-checked. Parameter names are those of the Hugging Face files.
+The tokenizer file, a protocol buffer (spiece.model) or tokenizer.json, is parsed here, every length checked.
 """
 import base64
 import functools
@@ -91,8 +90,7 @@ def _from_json(path):
     if tree["model"].get("type", "Unigram") != "Unigram":
         raise ValueError(f"its model is {tree['model']['type']}")
     special = {t["content"] for t in tree.get("added_tokens", []) if t.get("special")}
-    unknown = tree["model"]["unk_id"]
-    pieces = [(p, s, UNKNOWN if i == unknown else CONTROL if p in special else NORMAL)
+    pieces = [(p, s, UNKNOWN if i == tree["model"]["unk_id"] else CONTROL if p in special else NORMAL)
               for i, (p, s) in enumerate(tree["model"]["vocab"])]
     rules = tree.get("normalizer") or {}
     rules = rules.get("normalizers", [rules])

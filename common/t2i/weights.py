@@ -19,7 +19,7 @@ from torch import nn
 
 from common.files import read_json, sha256_file
 from common.flags import UserError
-from common.t2i.memory import GROUP, LEAST, QEmbedding, QLinear, replace, small
+from common.t2i.memory import LEAST, QEmbedding, QLinear, fine_layers, replace, small
 
 HEADER_LIMIT = 100 << 20                                     # the limit of the safetensors library itself
 
@@ -210,13 +210,14 @@ def fill(module, files, dtype, ignore=(), quantise=None, skip="$^", least=LEAST)
         facts += [f"'{n}' is {have[n]}, expected {want[n]}" for n in sorted(wrong)[:1]]
         raise UserError(f"{files.path} does not fit {type(module).__name__} ({len(want)} tensors): "
                         + "; ".join(facts))
+    fine = fine_layers(module) if quantise == "int8" else ()
     for path, part in list(module.named_modules()):
         for leaf in (*part._parameters, *part._buffers):
             name = f"{path}.{leaf}" if path else leaf
             if name in want:
                 kept = isinstance(part, (QLinear, QEmbedding)) and leaf != "bias"
                 _assign(part, leaf, files.get(name) if kept else _cast(files.get(name), dtype))
-        if quantise and (new := small(part, path, quantise, skip, least)) is not None:
+        if quantise and (new := small(part, path, quantise, skip, least, fine)) is not None:
             replace(module, path, new)
     if quantise and isinstance(getattr(module, "pos_embed", None), torch.Tensor):
         module.pos_embed = module.pos_embed.half()
@@ -225,13 +226,9 @@ def fill(module, files, dtype, ignore=(), quantise=None, skip="$^", least=LEAST)
 
 def like(kind, shapes, path):
     """An empty QLinear or QEmbedding of the shapes stored under path, on the meta device."""
-    q, scale = shapes[f"{path}.q"], shapes[f"{path}.scale"]
-    fp8 = scale[1] == 1 and q[1] % GROUP == 0 and q[1] > GROUP
-    parts = [torch.empty(q, dtype=torch.float8_e4m3fn if fp8 else torch.int8, device="meta"),
-             torch.empty(scale, device="meta")]
-    if kind is QEmbedding:
-        return QEmbedding(*parts)
-    return QLinear(*parts, torch.empty(q[0], device="meta") if f"{path}.bias" in shapes else None)
+    parts = [torch.empty(shapes[f"{path}.{leaf}"], device="meta") if f"{path}.{leaf}" in shapes else None
+             for leaf in ("q", "scale", "base", "bias")]
+    return QEmbedding(*parts[:3]) if kind is QEmbedding else QLinear(*parts)
 
 
 def _cast(tensor, dtype):
