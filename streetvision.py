@@ -1058,12 +1058,12 @@ def predict(cfg):
 def sample(cfg):
     """Freshly drawn street scenes with the bundle's answers -> samples/predictions.png."""
     predictor = RoadworkPredictor(bundle_path(cfg)[0], run.init(cfg.device).device)
-    made = [streets.frame(cfg.seed + 1, k, 0, "A", cfg.size, 0.5) for k in range(12)]
+    made = [streets.frame(cfg.seed + 1, k, 0, "A", cfg.size, 0.5) for k in range(8)]
     text, path = [], Path(cfg.out, "samples/predictions.png")
     for image, about in made:
         p, y = predictor(image), about["label"]
         text.append(f"{CLASSES[y]}: {p:.2f}{'' if (p > 0.5) == y else '  WRONG'}")
-    draw.save(draw.grid([image for image, _ in made], 6, text, scale=2), path)
+    draw.save(draw.grid([image for image, _ in made], 4, text, scale=2), path)
     print(path)
 
 
