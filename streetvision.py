@@ -230,9 +230,8 @@ LAPTOP = dict(model_size="vitt8", model_image=64, model_hidden=64, model_dropout
               data_scale_to_size=True, data_erasing_max=0.1, phase4c_views="frames", phase4c_epochs=20,
               phase4c_lr=1e-3, phase4c_hidden=64, phase4c_latent=32)
 PRESETS = {
-    # prior: the real data leans the same way (80 % roadwork), so that a threshold has something to gain
-    "demo": dict(paper="streets that it draws", expect={}, goal=dict(mcc=0.70),
-                 set=dict(LAPTOP, scenes=3300, shift_scenes=100, prior=0.7)),
+    "demo": dict(paper="streets that it draws", expect={}, goal=dict(mcc=0.70), set=dict(
+        LAPTOP, scenes=4000, shift_scenes=100, phase4a_epochs=2, phase1_epochs=12)),
     "smoke": dict(paper="-", expect={}, set=dict(
         LAPTOP, scenes=400, shift_scenes=20, source_steps=60, phase1_epochs=14, phase4c_epochs=8)),
     "vitb": dict(paper="-", expect={}, set=dict(model_size="vitb16")),
