@@ -223,17 +223,18 @@ class Config:
         "default", "force_eager", "eager_on_recompile", "fail_on_recompile", "performance"))
 
 
-LAPTOP = dict(model_size="vitt8", model_image=64, model_hidden=64, model_dropout=0.1, source_steps=300,
-              phase4a_variant="full", phase4a_lr=2e-3, phase4a_hidden=256, phase4a_prototypes=32,
-              phase4a_batch=32, phase4a_epochs=4, phase1_mode="full", phase1_batch=32, phase1_accumulate=1,
-              phase1_epochs=10, phase1_lr=1.5e-3, phase1_backbone_lr=1.5e-3, phase1_mac_cal=True, size=96,
-              data_scale_to_size=True, data_erasing_max=0.1, phase4c_views="frames", phase4c_epochs=20,
-              phase4c_lr=1e-3, phase4c_hidden=64, phase4c_latent=32)
+LAPTOP = dict(model_size="vitt8", model_image=64, model_hidden=64, model_dropout=0.1, source_steps=150,
+              phase4a_variant="full", phase4a_lr=5e-4, phase4a_hidden=256, phase4a_prototypes=32,
+              phase4a_epochs=2, phase1_mode="full", phase1_batch=64, phase1_accumulate=1, phase1_lr=1.5e-3,
+              phase1_backbone_lr=1.5e-3, phase1_mac_cal=True, size=128, data_scale_to_size=True,
+              data_erasing_max=0.1, phase4c_views="frames", phase4c_epochs=20, phase4c_lr=1e-3,
+              phase4c_hidden=64, phase4c_latent=32)
 PRESETS = {
     "demo": dict(paper="streets that it draws", expect={}, goal=dict(mcc=0.70), set=dict(
-        LAPTOP, scenes=4000, shift_scenes=100, phase4a_epochs=2, phase1_epochs=12)),
+        LAPTOP, scenes=3300, shift_scenes=100, model_image=96, phase4a_epochs=1, phase1_epochs=7)),
     "smoke": dict(paper="-", expect={}, set=dict(
-        LAPTOP, scenes=400, shift_scenes=20, source_steps=60, phase1_epochs=14, phase4c_epochs=8)),
+        LAPTOP, scenes=400, shift_scenes=20, source_steps=60, phase1_batch=32, phase1_epochs=14,
+        phase4c_epochs=8)),
     "vitb": dict(paper="-", expect={}, set=dict(model_size="vitb16")),
     "vitl": dict(paper="ExPLoRA table 1, ViT-L (another data set)", expect={}, set=dict(model_size="vitl16")),
     "vith": dict(paper="-", expect={}, set=dict(model_size="vith16plus", phase1_batch=16,
