@@ -189,8 +189,7 @@ class Config:
     phase4c_canvas: int = opt(0, "letterbox tiles on a square of this side; 0: the image itself", free=True)
     phase4c_grid: int = opt(3, "tiles a side", free=True)
     phase4c_overlap: float = opt(0.15, "share of a tile added on each side", free=True)
-    phase4c_inverse: bool = opt(False, "weighted_uncertainty by 1 / H instead of softmax(-H / 0.5)",
-                                free=True)
+    phase4c_inverse: bool = opt(False, "weighted_uncertainty by 1 / H, not softmax(-2 H)", free=True)
     phase4c_epochs: int = opt(3, "epochs of the trained fusions", free=True)
     phase4c_lr: float = opt(1e-4, "learning rate of the trained fusions", free=True)
     phase4c_hidden: int = opt(512, "encoder width", free=True)
@@ -220,22 +219,22 @@ class Config:
     hardware_workers: int = opt(0, "threads that decode images", free=True)
     hardware_compile_mode: str = opt("default", "torch.compile mode",
                                      ("default", "reduce-overhead", "max-autotune"))
-    hardware_stance: str = opt("default", "torch.compiler stance",
-                               ("default", "force_eager", "eager_on_recompile", "fail_on_recompile",
-                                "performance"))
+    hardware_stance: str = opt("default", "torch.compiler stance", (
+        "default", "force_eager", "eager_on_recompile", "fail_on_recompile", "performance"))
 
 
-LAPTOP = dict(model_size="vitt8", model_image=64, model_hidden=64, model_dropout=0.1, source_steps=120,
+LAPTOP = dict(model_size="vitt8", model_image=64, model_hidden=64, model_dropout=0.1, source_steps=150,
               phase4a_variant="full", phase4a_lr=5e-4, phase4a_hidden=256, phase4a_prototypes=32,
-              phase4a_epochs=4, phase1_mode="full", phase1_batch=64, phase1_accumulate=1, phase1_epochs=14,
-              phase1_lr=1.5e-3, phase1_backbone_lr=1.5e-3, data_scale_to_size=True, data_erasing_max=0.1,
-              phase4c_views="frames", phase4c_epochs=20, phase4c_lr=1e-3, phase4c_hidden=64,
-              phase4c_latent=32)
+              phase4a_epochs=2, phase1_mode="full", phase1_batch=64, phase1_accumulate=1, phase1_lr=1.5e-3,
+              phase1_backbone_lr=1.5e-3, phase1_mac_cal=True, size=128, data_scale_to_size=True,
+              data_erasing_max=0.1, phase4c_views="frames", phase4c_epochs=20, phase4c_lr=1e-3,
+              phase4c_hidden=64, phase4c_latent=32)
 PRESETS = {
-    "demo": dict(paper="-", expect={}, set=LAPTOP),
+    "demo": dict(paper="streets that it draws", expect={}, goal=dict(mcc=0.70), set=dict(
+        LAPTOP, scenes=3300, shift_scenes=100, model_image=96, phase4a_epochs=1, phase1_epochs=6)),
     "smoke": dict(paper="-", expect={}, set=dict(
-        LAPTOP, scenes=300, size=96, shift_scenes=20, source_steps=40, phase4a_epochs=2, phase1_epochs=20,
-        phase1_batch=32, phase1_mac_cal=True, phase4c_epochs=8, phase2_n_thresholds=1000)),
+        LAPTOP, scenes=400, shift_scenes=20, source_steps=60, phase1_batch=32, phase1_epochs=14,
+        phase4c_epochs=8)),
     "vitb": dict(paper="-", expect={}, set=dict(model_size="vitb16")),
     "vitl": dict(paper="ExPLoRA table 1, ViT-L (another data set)", expect={}, set=dict(model_size="vitl16")),
     "vith": dict(paper="-", expect={}, set=dict(model_size="vith16plus", phase1_batch=16,
@@ -999,8 +998,8 @@ def evaluate(cfg):
                                level=cfg.eval_confidence, method=cfg.eval_interval,
                                bundle_sha256=sha256_file(path), warning=store.splits["warning"])
     if Path(paths.run, "log.jsonl").is_file():
-        run.record(paths.run, "eval", n=len(test), n_groups=report["n_groups"],
-                   **report["results"]["bundle"]["scrc"]["metrics"])
+        best = dict(report["results"]["bundle"]["scrc"]["metrics"])     # MCC first: the task's own score
+        run.record(paths.run, "eval", mcc=best.pop("mcc"), n=len(test), n_groups=report["n_groups"], **best)
     print(testreport.summary(report, paths.evaluation_report_json))
     return report
 
@@ -1016,8 +1015,7 @@ STEPS = {"phase4a_explora": Step(run_phase4a, "phase4a_dir", f"{TRAINED_ON} phas
          "phase4c_cvfm": Step(run_phase4c, "phase4c_dir", "model_ phase4c_ hardware_precision",
                               ("model_best",)),
          "phase5": Step(run_phase5, "phase5_dir", "phase2_ phase5_ split_mode",
-                        ("model_best", "val_calib_logits"),
-                        ("val_calib_fused", "cvfm_report")),
+                        ("model_best", "val_calib_logits"), ("val_calib_fused", "cvfm_report")),
          "phase6": Step(run_phase6, "export_dir", "phase4c_ phase6_ model_",
                         ("model_best", "scrc_params_json"),
                         ("cvfm_weights", "thresholds_json", "probe_before", "probe_after"))}
@@ -1060,10 +1058,13 @@ def predict(cfg):
 def sample(cfg):
     """Freshly drawn street scenes with the bundle's answers -> samples/predictions.png."""
     predictor = RoadworkPredictor(bundle_path(cfg)[0], run.init(cfg.device).device)
-    made = [streets.frame(cfg.seed + 1, k, 0, "A", cfg.size, cfg.prior) for k in range(24)]
-    text = [f"{predictor(im):.2f} / {facts['label']}" for im, facts in made]
-    draw.save(draw.grid([im for im, _ in made], 6, text), Path(cfg.out, "samples/predictions.png"))
-    print(Path(cfg.out, "samples/predictions.png"))
+    made = [streets.frame(cfg.seed + 1, k, 0, "A", cfg.size, 0.5) for k in range(8)]
+    text, path = [], Path(cfg.out, "samples/predictions.png")
+    for image, about in made:
+        p, y = predictor(image), about["label"]
+        text.append(f"{CLASSES[y]}: {p:.2f}{'' if (p > 0.5) == y else '  WRONG'}")
+    draw.save(draw.grid([image for image, _ in made], 4, text, scale=2), path)
+    print(path)
 
 
 def plan(cfg):

@@ -36,7 +36,8 @@ def rope_table(rows, cols, head_dim, theta=100., stretch=1., skip=0):
 
 def rotate(t_BHLK, cos_LK, sin_LK):
     """Rotary embedding t cos + [-second half, first half] sin, as two passes over t: the sign sits in the
-    table, roll swaps the halves."""
+    table, roll swaps the halves.  t's layout comes out again: with heads side by side, attention's output is
+    ready for the projection after it."""
     return torch.addcmul(t_BHLK * cos_LK, t_BHLK.roll(cos_LK.shape[1] // 2, -1), sin_LK)
 
 

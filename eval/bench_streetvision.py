@@ -159,7 +159,7 @@ def bench_evaluation(args, n=2300, resamples=2000, goal_s=5.0):
     yield "evaluation", dict(
         what=f"all scores of a report, {resamples} group resamples, n = {n}", value=goal_s / median,
         ratio=f"{goal_s:g} s / ours", goal=1.0, met=median < goal_s, agree=complete, ours_s=median,
-                             theirs_s=goal_s)
+        theirs_s=goal_s)
 
 
 def main():

@@ -14,14 +14,19 @@ def _sorted_counts(prob, label):
     return np.cumsum(y)[last], np.cumsum(~y)[last]
 
 
+def cross(x, y, high):
+    """A small cross at (x, y) on axes that end at 1 and `high`: one marker is too small to see."""
+    arm = np.array([-0.015, 0.015, 0, 0, 0])
+    return x + arm, y + high * arm[[2, 2, 2, 0, 1]]
+
+
 def roc_curve(prob, label, points=None):
     """points: {name: (fpr, tpr)} operating points."""
     tp, fp = _sorted_counts(prob, label)
     rates = fp / max(fp[-1], 1), tp / max(tp[-1], 1)
     series = {f"AUC {roc_auc(prob, label):.3f}": tuple(np.r_[0, r] for r in rates),
               "chance": ([0, 1], [0, 1])}
-    arm = np.array([-0.015, 0.015, 0, 0, 0]), np.array([0, 0, 0, -0.015, 0.015])            # a cross
-    series |= {name: (x + arm[0], y + arm[1]) for name, (x, y) in (points or {}).items()}
+    series |= {name: cross(*at, 1.0) for name, at in (points or {}).items()}
     return draw.lines(series, title="ROC", xlabel="false positive rate", ylabel="true positive rate",
                       size=(560, 520))
 
@@ -73,9 +78,10 @@ def risk_coverage(prob, label, threshold, operating=None):
     confidence, wrong = np.maximum(prob, 1 - prob), (prob >= threshold) != label
     order = np.argsort(-confidence, kind="stable")
     n = np.arange(1, len(prob) + 1)
-    series = {"error of the accepted": (n / len(n), np.cumsum(wrong[order]) / n)}
+    error = np.cumsum(wrong[order]) / n
+    series = {"error of the accepted": (n / len(n), error)}
     if operating:
-        series["policy"] = ([operating[0]], [operating[1]])
+        series["policy"] = cross(*operating, max(error.max(), 1e-3))
     return draw.lines(series, title="risk and coverage", xlabel="share accepted", ylabel="error rate")
 
 
