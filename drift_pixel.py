@@ -41,7 +41,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import data, draw, imagenet, run
-from common.drift import jax_release, judge, parallel, plans
+from common.drift import fused, jax_release, judge, parallel, plans
 from common.drift.codec import load_strict
 from common.drift.convnext import ConvNeXt
 from common.drift.queues import Bank, Pixels, open_pixels
@@ -185,7 +185,7 @@ class RMSNorm(nn.Module):  # twin: drift_latent.RMSNorm
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), eps=1e-6).to(x.dtype)
+        return fused.rms_norm(x.float(), self.weight.float()).to(x.dtype)
 
 
 class SwiGLU(nn.Module):  # twin: drift_latent.SwiGLU
@@ -378,7 +378,7 @@ class Generator(nn.Module):  # twin: drift_latent.Generator
 def group_norm(channels, groups):  # twin: drift_latent.group_norm
     """GroupNorm, the largest group count <= groups that divides the channels; eps 1e-6 as in Flax."""
     groups = max(g for g in range(1, min(groups, channels) + 1) if channels % g == 0)
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return fused.GroupNorm(groups, channels, eps=1e-6)
 
 
 def conv(cin, cout, kernel=3, stride=1):  # twin: drift_latent.conv
@@ -393,7 +393,7 @@ class ConvBlock(nn.Module):  # twin: drift_latent.ConvBlock
         self.conv, self.gn = conv(cin, cout), group_norm(cout, groups)
 
     def forward(self, x):
-        return F.relu(self.gn(self.conv(x)))
+        return F.relu_(self.gn(self.conv(x)))
 
 
 class BasicBlock(nn.Module):  # twin: drift_latent.BasicBlock
@@ -408,8 +408,8 @@ class BasicBlock(nn.Module):  # twin: drift_latent.BasicBlock
             self.skip = nn.Sequential(conv(cin, cout, 1, stride), group_norm(cout, groups))
 
     def forward(self, x):
-        y = self.gn2(self.conv2(F.relu(self.gn1(self.conv1(x)))))
-        return F.relu(self.skip(x) + y)
+        y = self.gn2(self.conv2(F.relu_(self.gn1(self.conv1(x)))))
+        return F.relu_(y.add_(self.skip(x)))
 
 
 class UpBlock(nn.Module):  # twin: drift_latent.UpBlock
@@ -426,30 +426,32 @@ class UpBlock(nn.Module):  # twin: drift_latent.UpBlock
         return self.refine(self.proj(self.norm(torch.cat([x, skip], dim=1))))
 
 
-def safe_std(x, dim):  # twin: drift_latent.safe_std
-    """sqrt(biased variance + 1e-6) in float32: its gradient stays finite on constant maps."""
-    x = x.float()                       # not x.var(): over these axes it is several times slower on a CPU
-    return ((x - x.mean(dim, keepdim=True)).square().mean(dim) + 1e-6).sqrt()
-
-
 def map_features(name, map_BCHW, sets="abcd"):  # twin: drift_latent.map_features
     """One feature map -> dict of vectors [B, F, C] (A.5): a every location, b global mean and std,
-    c means and stds over 2x2 patches, d over 4x4 patches (skipped where the map does not divide)."""
-    B, C, H, W = map_BCHW.shape
-    out = {}
-    if "a" in sets:
-        out[name] = map_BCHW.flatten(2).transpose(1, 2)
-    if "b" in sets and H * W > 1:  # of a single location the mean is the location and the std constant
-        out[f"{name}_mean"] = map_BCHW.mean((2, 3))[:, None]
-        out[f"{name}_std"] = safe_std(map_BCHW, (2, 3))[:, None]
+    c means and stds over 2x2 patches, d over 4x4 patches (skipped where the map does not divide).
+
+    A patch's variance is the mean of its quarters' variances plus the variance of their means. Means and
+    variances in float32; std = sqrt(biased variance + 1e-6): its gradient stays finite on constant maps.
+    """
+    H, W = map_BCHW.shape[2:]
+    vectors = lambda v_BChw: v_BChw.flatten(2).transpose(1, 2)
+    deviations = lambda var_BChw: vectors((var_BChw + 1e-6).sqrt())
+    mean, var, patches = map_BCHW.float(), None, {}
     for letter, s in (("c", 2), ("d", 4)):
-        if letter in sets and H % s == 0 and W % s == 0:
-            mean = F.avg_pool2d(map_BCHW.float(), s)
-            cells = map_BCHW.view(B, C, H // s, s, W // s, s) - mean[:, :, :, None, :, None]
-            std = (F.avg_pool2d(cells.view(B, C, H, W).square(), s) + 1e-6).sqrt()
-            out[f"{name}_mean_{s}"] = mean.to(map_BCHW.dtype).flatten(2).transpose(1, 2)
-            out[f"{name}_std_{s}"] = std.flatten(2).transpose(1, 2)
-    return out
+        if set(sets) <= set("ar") or H % s or W % s:
+            break
+        mean, among = fused.halve(mean)
+        var = among if var is None else F.avg_pool2d(var, 2) + among
+        if letter in sets:
+            patches[f"{name}_mean_{s}"] = vectors(mean.to(map_BCHW.dtype))
+            patches[f"{name}_std_{s}"] = deviations(var)
+    out = {name: vectors(map_BCHW)} if "a" in sets else {}
+    if "b" in sets and H * W > 1:  # of a single location the mean is the location and the std constant
+        all_mean = mean.mean((2, 3), keepdim=True)
+        all_var = (mean - all_mean).square().mean((2, 3), keepdim=True)
+        all_var = all_var if var is None else all_var + var.mean((2, 3), keepdim=True)
+        out[f"{name}_mean"], out[f"{name}_std"] = vectors(all_mean.to(map_BCHW.dtype)), deviations(all_var)
+    return {**out, **patches}
 
 
 class MAE(nn.Module):  # twin: drift_latent.MAE
@@ -490,7 +492,7 @@ class MAE(nn.Module):  # twin: drift_latent.MAE
 
     def encode(self, x):
         """Folded input -> dict of 12 maps: conv1, layer1..4 after the stage norm, layerI_blkK before it."""
-        maps = {"conv1": F.relu(self.gn1(self.conv1(x)))}
+        maps = {"conv1": F.relu_(self.gn1(self.conv1(x)))}
         x = maps["conv1"]
         blocks = {}
         for i, (stage, norm) in enumerate(zip(self.stages, self.norms), 1):
@@ -641,13 +643,17 @@ def drift_objective(gen, real, alpha_N, cfg, group):  # twin: drift_latent.drift
     gen {key: [N, F, G, C]} carries the gradient, real {key: [N, F, P + U, C]} does not.
     """
     weight_N, total, infos = alpha_weight(alpha_N, cfg.gen, cfg.unc), 0.0, {}
-    for key, g_NFGC in gen.items():
-        N, n_loc = g_NFGC.shape[:2]
-        pos, unc = real[key].flatten(0, 1).split([cfg.pos, cfg.unc], dim=1)
-        weight_R = weight_N.repeat_interleave(n_loc)
-        loss_R, infos[key] = drift_loss(g_NFGC.flatten(0, 1), pos, unc, weight_R, cfg.taus, cfg.floor, group)
-        total = total + loss_R.mean() * (n_loc if cfg.location_sum else 1)
-    return total, infos
+    for keys in fused.packs(gen):       # keys of one width, side by side along F
+        places = [gen[key].shape[1] for key in keys]
+        gen_RGC, real_RXC = (torch.cat([feats[key] for key in keys], 1).flatten(0, 1) for feats in (gen, real))
+        pos_RPC, unc_RUC = real_RXC.split([cfg.pos, cfg.unc], dim=1)
+        key_F = torch.arange(len(keys)).repeat_interleave(torch.tensor(places)).to(alpha_N.device)
+        loss_R, info = drift_loss(gen_RGC, pos_RPC, unc_RUC, weight_N.repeat_interleave(len(key_F)), cfg.taus,
+                                  cfg.floor, group, key_F.repeat(len(alpha_N)))
+        losses = loss_R.view(len(alpha_N), -1).split(places, dim=1)
+        total = total + sum(loss.mean() * (F if cfg.location_sum else 1) for loss, F in zip(losses, places))
+        infos.update((key, {name: v[i] for name, v in info.items()}) for i, key in enumerate(keys))
+    return total, {key: infos[key] for key in gen}
 
 
 def drift_backward(net, mae, b, cfg, ddp, group=None):  # twin: drift_latent.drift_backward
