@@ -113,7 +113,8 @@ def drift_loss(gen_RGC, pos_RPC, unc_RUC=None, weight_R=None, taus=(0.02, 0.05, 
     if not taus or min(taus) <= 0:
         raise ValueError(f"taus must be > 0, got {taus}")
     of_RK = weight_R.new_ones(R, 1) if key_R is None else torch.nn.functional.one_hot(key_R)
-    loss_R, m_K, lam2_Kn = _DriftLoss.apply(gen_RGC, pos_RPC, unc_RUC, weight_R, of_RK, tuple(taus), floor, group)
+    loss_R, m_K, lam2_Kn = _DriftLoss.apply(gen_RGC, pos_RPC, unc_RUC, weight_R, of_RK, tuple(taus), floor,
+                                            group)
     info = {"m": m_K, **{f"lam2/{tau}": lam2_K for tau, lam2_K in zip(taus, lam2_Kn.unbind(1))}}
     return loss_R, info if key_R is not None else {name: v_K[0] for name, v_K in info.items()}
 
@@ -230,7 +231,8 @@ def _geometry(y_RTC, g, narrow):
 def _weights(dist_RGT, m_R, weight_R, g, u, taus, floor, a_RnGT):
     """Writes weights K_RnGT of the targets to a_RnGT; every row of K sums to 0.  Overwrites dist_RGT."""
     m_R = m_R.clamp_min(MIN_SCALE)
-    rate_Rn11 = (-1 / (m_R[:, None] * torch.tensor(taus, dtype=m_R.dtype, device=m_R.device)))[..., None, None]
+    taus_n = torch.tensor(taus, dtype=m_R.dtype, device=m_R.device)
+    rate_Rn11 = (-1 / (m_R[:, None] * taus_n))[..., None, None]
     high_R, itself_RG = dist_RGT.amax((1, 2)), dist_RGT[:, :, :g].diagonal(dim1=1, dim2=2)
     itself_RG.copy_(high_R[:, None])
     low_R = dist_RGT.amin((1, 2))

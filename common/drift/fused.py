@@ -62,57 +62,66 @@ class GroupNorm(nn.GroupNorm):
         return _GroupNorm.apply(x_BCHW, self.weight, self.bias, self.num_groups, self.eps)
 
 
+def channels_last(net):
+    """net, on a CPU with the weights of its convolutions laid out as GroupNorm lays out the maps."""
+    cpu = next(net.parameters()).device.type == "cpu"
+    return net.to(memory_format=torch.channels_last) if cpu else net
+
+
 def _rows(x_BCHW):
     """Channels-last map as [B, S, C], no copy."""
     return x_BCHW.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 class _GroupNorm(torch.autograd.Function):
-    """With c = x - mean, r = 1 / std and h = w dy: dx = r (h - mean(h) - c r^2 mean(h c)), means over a group.
-    """
+    """c = x - mean, r = 1 / std, h = w dy: dx = r (h - mean(h) - c r^2 mean(h c)), means over a group."""
 
     @staticmethod
     def forward(ctx, x_BCHW, weight, bias, groups, eps):
         out = torch.empty_like(x_BCHW)
         x_BSC, y_BSC = _rows(x_BCHW), _rows(out)
-        c_BSC = x_BSC - _spread(_of_groups(x_BSC.mean(1), groups), x_BSC)
-        power_BG = _of_groups(torch.mul(c_BSC, c_BSC, out=y_BSC).mean(1), groups)
-        r_BG = power_BG.add_(eps).rsqrt_()
-        torch.addcmul(bias, c_BSC, _spread(r_BG, x_BSC) * weight, out=y_BSC)
-        ctx.save_for_backward(c_BSC, r_BG, weight)
+        c_BSC = x_BSC - _level(x_BSC.mean(1), groups)
+        power_B1C = _level(torch.mul(c_BSC, c_BSC, out=y_BSC).mean(1), groups)
+        r_B1C = (power_B1C + eps).rsqrt_()
+        torch.addcmul(bias, c_BSC, r_B1C * weight, out=y_BSC)
+        ctx.save_for_backward(c_BSC, r_B1C, weight)
+        ctx.groups = groups
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_BCHW):
-        c_BSC, r_BG, weight = ctx.saved_tensors
+        c_BSC, r_B1C, weight = ctx.saved_tensors
         dy_BCHW = dy_BCHW.contiguous(memory_format=torch.channels_last)
-        out, groups = torch.empty_like(dy_BCHW), r_BG.shape[1]
+        out = torch.empty_like(dy_BCHW)
         dy_BSC, dx_BSC = _rows(dy_BCHW), _rows(out)
-        dyc_BC = torch.mul(dy_BSC, c_BSC, out=dx_BSC).mean(1)
-        dy_BC, r_B1C = dy_BSC.mean(1), _spread(r_BG, c_BSC)
-        mean_BG, slope_BG = (_of_groups(v * weight, groups) for v in (dy_BC, dyc_BC))
-        torch.addcmul(_spread(mean_BG * -r_BG, c_BSC), c_BSC, _spread(slope_BG * -r_BG ** 3, c_BSC), out=dx_BSC)
+        dyc_BC, dy_BC = torch.mul(dy_BSC, c_BSC, out=dx_BSC).mean(1), dy_BSC.mean(1)
+        offset_B1C, slope_B1C = (_level(v * weight, ctx.groups) for v in (dy_BC, dyc_BC))
+        torch.addcmul(offset_B1C * -r_B1C, c_BSC, slope_B1C * -r_B1C ** 3, out=dx_BSC)
         dx_BSC.addcmul_(dy_BSC, r_B1C * weight)
+        if not ctx.needs_input_grad[1]:
+            return out, None, None, None, None
         S = c_BSC.shape[1]
         return out, S * (dyc_BC * r_B1C[:, 0]).sum(0), S * dy_BC.sum(0), None, None
 
 
-def _of_groups(v_BC, groups):
-    return v_BC.unflatten(1, (groups, -1)).mean(2)
-
-
-def _spread(v_BG, like_BSC):
-    """A value of each group for each of its channels, [B, 1, C]."""
-    return v_BG.repeat_interleave(like_BSC.shape[2] // v_BG.shape[1], 1)[:, None]
+def _level(v_BC, groups):
+    """Mean over the channels of each group, for each of its channels, [B, 1, C]."""
+    B, C = v_BC.shape
+    return v_BC.view(B, groups, -1).mean(2, keepdim=True).expand(B, groups, C // groups).reshape(B, 1, C)
 
 
 # --- moments -----------------------------------------------------------
 
 
-def halve(x_BCHW):
-    """Mean and biased variance of every 2 x 2 cells of a map of even sides -> two maps of half the side."""
-    return _Halve.apply(x_BCHW)
+def halve(x_BCHW, inner=0.0):
+    """Mean and biased variance of every 2 x 2 cells of a map of even sides -> two maps of half the side.
+
+    inner: where cells are means themselves, the variances they were taken from; a patch's variance is that of
+    its cells' means plus the mean of their own.
+    """
+    mean, var = _Halve.apply(x_BCHW)
+    return mean, var + F.avg_pool2d(inner, 2) if torch.is_tensor(inner) else var
 
 
 class _Halve(torch.autograd.Function):
@@ -146,7 +155,7 @@ def _cells(x_BCHW):
 
 
 def halve_reference(x_BCHW):
-    """The same, one line a step."""
+    """The same without inner, one line a step."""
     B, C, H, W = x_BCHW.shape
     cells = x_BCHW.view(B, C, H // 2, 2, W // 2, 2)
     return cells.mean((3, 5)), cells.var((3, 5), unbiased=False)

@@ -21,7 +21,8 @@ from scipy.optimize import isotonic_regression, minimize, minimize_scalar
 from scipy.special import expit, logit, softmax
 
 from common import run
-from common.classify import binary_metrics, bootstrap, mcc_sweep, negative_log_likelihood
+from common.bootstrap import bootstrap
+from common.classify import binary_metrics, mcc_sweep, negative_log_likelihood
 from common.street.splits import unit
 from common.street.views import step_indices
 
