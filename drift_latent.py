@@ -623,7 +623,7 @@ def real_features(mae, b, cfg, parts):
         x = torch.cat([b["pos"][part], b["unc"][part]], dim=1)
         with torch.no_grad():
             out.append(by_label(mae.features(x.flatten(0, 1), cfg.features), len(x)))
-    return {key: torch.cat([o.pop(key) for o in out]) for key in list(out[0])}
+    return out[0] if len(out) == 1 else {key: torch.cat([o.pop(key) for o in out]) for key in list(out[0])}
 
 
 def drift_objective(gen, real, alpha_N, cfg, group):

@@ -5,8 +5,8 @@
     halve         mean and variance of every 2 x 2 cells of a map
 
 Plain operators save and re-read a tensor at each step; a CPU waits for that traffic, not for arithmetic. Each
-node keeps what its closed-form gradient needs. On a GPU, and inside torch.compile, which fuses by itself,
-rms_norm and GroupNorm are PyTorch's own. Their slow references are those and halve_reference.
+node keeps what its closed-form gradient needs. On a GPU rms_norm and GroupNorm are PyTorch's own; inside
+torch.compile, which fuses by itself, all three are plain. The slow references are those and halve_reference.
 
 B batch  C channels  G groups  S places of a map  D width
 """
@@ -120,7 +120,7 @@ def halve(x_BCHW, inner=0.0):
     inner: where cells are means themselves, the variances they were taken from; a patch's variance is that of
     its cells' means plus the mean of their own.
     """
-    mean, var = _Halve.apply(x_BCHW)
+    mean, var = halve_reference(x_BCHW) if torch.compiler.is_compiling() else _Halve.apply(x_BCHW)
     return mean, var + F.avg_pool2d(inner, 2) if torch.is_tensor(inner) else var
 
 
@@ -157,7 +157,7 @@ def _cells(x_BCHW):
 def halve_reference(x_BCHW):
     """The same without inner, one line a step."""
     B, C, H, W = x_BCHW.shape
-    cells = x_BCHW.view(B, C, H // 2, 2, W // 2, 2)
+    cells = x_BCHW.reshape(B, C, H // 2, 2, W // 2, 2)
     return cells.mean((3, 5)), cells.var((3, 5), unbiased=False)
 
 
