@@ -41,7 +41,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import data, draw, imagenet, run
-from common.drift import jax_release, judge, parallel, plans
+from common.drift import fused, jax_release, judge, parallel, plans
 from common.drift.codec import load_strict
 from common.drift.convnext import ConvNeXt
 from common.drift.queues import Bank, Pixels, open_pixels
@@ -185,7 +185,7 @@ class RMSNorm(nn.Module):  # twin: drift_latent.RMSNorm
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), eps=1e-6).to(x.dtype)
+        return fused.rms_norm(x.float(), self.weight.float()).to(x.dtype)
 
 
 class SwiGLU(nn.Module):  # twin: drift_latent.SwiGLU
@@ -202,8 +202,7 @@ class SwiGLU(nn.Module):  # twin: drift_latent.SwiGLU
 
 
 def rope_table(length, head_dim, base=10_000.0):  # twin: drift_latent.rope_table
-    """cos and sin [L, K] of position * base^(-2 i / K), i < K/2; 1-D over all tokens, context tokens first.
-    """
+    """cos and sin [L, K] of position * base^(-2 i / K), i < K/2; 1-D over tokens, context tokens first."""
     freq = base ** (-torch.arange(head_dim // 2, dtype=torch.float32) / (head_dim // 2))
     angle_LK = torch.outer(torch.arange(length, dtype=torch.float32), freq).repeat(1, 2)
     return angle_LK.cos(), angle_LK.sin()
@@ -212,7 +211,7 @@ def rope_table(length, head_dim, base=10_000.0):  # twin: drift_latent.rope_tabl
 def rotate(x_BHLK, cos_LK, sin_LK):  # twin: drift_latent.rotate
     """Rotary embedding in the rotate-half convention, angles in float32."""
     a, b = x_BHLK.chunk(2, dim=-1)
-    return (x_BHLK * cos_LK + torch.cat([-b, a], dim=-1) * sin_LK).to(x_BHLK.dtype)
+    return torch.addcmul(x_BHLK * cos_LK, torch.cat([-b, a], dim=-1), sin_LK).to(x_BHLK.dtype)
 
 
 class Attention(nn.Module):  # twin: drift_latent.Attention
@@ -260,8 +259,9 @@ class Block(nn.Module):  # twin: drift_latent.Block
 
     def forward(self, x_BLD, cond_BD, cos_LK, sin_LK):
         b1, s1, g1, b2, s2, g2 = modulation(self.ada, cond_BD, 6, x_BLD.dtype)
-        x_BLD = x_BLD + g1 * self.attn((1 + s1) * self.norm1(x_BLD) + b1, cos_LK, sin_LK)
-        return x_BLD + g2 * self.mlp((1 + s2) * self.norm2(x_BLD) + b2)
+        x_BLD = torch.addcmul(
+            x_BLD, g1, self.attn(torch.addcmul(b1, 1 + s1, self.norm1(x_BLD)), cos_LK, sin_LK))
+        return torch.addcmul(x_BLD, g2, self.mlp(torch.addcmul(b2, 1 + s2, self.norm2(x_BLD))))
 
 
 def make_norm(width, rms_norm):  # twin: drift_latent.make_norm
@@ -378,7 +378,7 @@ class Generator(nn.Module):  # twin: drift_latent.Generator
 def group_norm(channels, groups):  # twin: drift_latent.group_norm
     """GroupNorm, the largest group count <= groups that divides the channels; eps 1e-6 as in Flax."""
     groups = max(g for g in range(1, min(groups, channels) + 1) if channels % g == 0)
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return fused.GroupNorm(groups, channels, eps=1e-6)
 
 
 def conv(cin, cout, kernel=3, stride=1):  # twin: drift_latent.conv
@@ -393,7 +393,7 @@ class ConvBlock(nn.Module):  # twin: drift_latent.ConvBlock
         self.conv, self.gn = conv(cin, cout), group_norm(cout, groups)
 
     def forward(self, x):
-        return F.relu(self.gn(self.conv(x)))
+        return F.relu_(self.gn(self.conv(x)))
 
 
 class BasicBlock(nn.Module):  # twin: drift_latent.BasicBlock
@@ -408,8 +408,8 @@ class BasicBlock(nn.Module):  # twin: drift_latent.BasicBlock
             self.skip = nn.Sequential(conv(cin, cout, 1, stride), group_norm(cout, groups))
 
     def forward(self, x):
-        y = self.gn2(self.conv2(F.relu(self.gn1(self.conv1(x)))))
-        return F.relu(self.skip(x) + y)
+        y = self.gn2(self.conv2(F.relu_(self.gn1(self.conv1(x)))))
+        return F.relu_(y.add_(self.skip(x)))
 
 
 class UpBlock(nn.Module):  # twin: drift_latent.UpBlock
@@ -426,30 +426,30 @@ class UpBlock(nn.Module):  # twin: drift_latent.UpBlock
         return self.refine(self.proj(self.norm(torch.cat([x, skip], dim=1))))
 
 
-def safe_std(x, dim):  # twin: drift_latent.safe_std
-    """sqrt(biased variance + 1e-6) in float32: its gradient stays finite on constant maps."""
-    x = x.float()                       # not x.var(): over these axes it is several times slower on a CPU
-    return ((x - x.mean(dim, keepdim=True)).square().mean(dim) + 1e-6).sqrt()
-
-
 def map_features(name, map_BCHW, sets="abcd"):  # twin: drift_latent.map_features
     """One feature map -> dict of vectors [B, F, C] (A.5): a every location, b global mean and std,
-    c means and stds over 2x2 patches, d over 4x4 patches (skipped where the map does not divide)."""
-    B, C, H, W = map_BCHW.shape
-    out = {}
-    if "a" in sets:
-        out[name] = map_BCHW.flatten(2).transpose(1, 2)
-    if "b" in sets and H * W > 1:  # of a single location the mean is the location and the std constant
-        out[f"{name}_mean"] = map_BCHW.mean((2, 3))[:, None]
-        out[f"{name}_std"] = safe_std(map_BCHW, (2, 3))[:, None]
+    c means and stds over 2x2 patches, d over 4x4 patches (skipped where the map does not divide).
+
+    A patch's variance is the mean of its quarters' variances plus the variance of their means. In float32;
+    std = sqrt(biased variance + 1e-6), so that its gradient stays finite on constant maps.
+    """
+    H, W = map_BCHW.shape[2:]
+    vectors = lambda v_BChw: v_BChw.flatten(2).transpose(1, 2)
+    deviations = lambda var_BChw: vectors((var_BChw + 1e-6).sqrt())
+    mean, var, patches = map_BCHW.float(), 0.0, {}
     for letter, s in (("c", 2), ("d", 4)):
-        if letter in sets and H % s == 0 and W % s == 0:
-            mean = F.avg_pool2d(map_BCHW.float(), s)
-            cells = map_BCHW.view(B, C, H // s, s, W // s, s) - mean[:, :, :, None, :, None]
-            std = (F.avg_pool2d(cells.view(B, C, H, W).square(), s) + 1e-6).sqrt()
-            out[f"{name}_mean_{s}"] = mean.to(map_BCHW.dtype).flatten(2).transpose(1, 2)
-            out[f"{name}_std_{s}"] = std.flatten(2).transpose(1, 2)
-    return out
+        if set(sets) <= set("ar") or H % s or W % s:
+            break
+        mean, var = fused.halve(mean, var)
+        if letter in sets:
+            patches[f"{name}_mean_{s}"] = vectors(mean.to(map_BCHW.dtype))
+            patches[f"{name}_std_{s}"] = deviations(var)
+    out = {name: vectors(map_BCHW)} if "a" in sets else {}
+    if "b" in sets and H * W > 1:  # of a single location the mean is the location and the std constant
+        all_mean = mean.mean((2, 3), keepdim=True)
+        all_var = (var + (mean - all_mean).square()).mean((2, 3), keepdim=True)
+        out[f"{name}_mean"], out[f"{name}_std"] = vectors(all_mean.to(map_BCHW.dtype)), deviations(all_var)
+    return {**out, **patches}
 
 
 class MAE(nn.Module):  # twin: drift_latent.MAE
@@ -490,7 +490,7 @@ class MAE(nn.Module):  # twin: drift_latent.MAE
 
     def encode(self, x):
         """Folded input -> dict of 12 maps: conv1, layer1..4 after the stage norm, layerI_blkK before it."""
-        maps = {"conv1": F.relu(self.gn1(self.conv1(x)))}
+        maps = {"conv1": F.relu_(self.gn1(self.conv1(x)))}
         x = maps["conv1"]
         blocks = {}
         for i, (stage, norm) in enumerate(zip(self.stages, self.norms), 1):
@@ -556,12 +556,6 @@ class Encoder(nn.Module):
         if "n" in sets:
             out.update(self.convnext.features(x_BCHW))
         return out
-
-
-def inventory(mae, size, channels, sets="abcd"):  # twin: drift_latent.inventory
-    """[(key, vectors F, channels C)] of one image, found on the meta device without computing anything."""
-    feats = mae.to("meta").features(torch.empty(1, channels, size, size, device="meta"), sets)
-    return [(key, f.shape[1], f.shape[2]) for key, f in feats.items()]
 
 
 # --- official weights --------------------------------------------------
@@ -632,7 +626,7 @@ def real_features(mae, b, cfg, parts):  # twin: drift_latent.real_features
         x = torch.cat([b["pos"][part], b["unc"][part]], dim=1)
         with torch.no_grad():
             out.append(by_label(mae.features(x.flatten(0, 1), cfg.features), len(x)))
-    return {key: torch.cat([o.pop(key) for o in out]) for key in list(out[0])}
+    return out[0] if len(out) == 1 else {key: torch.cat([o.pop(key) for o in out]) for key in list(out[0])}
 
 
 def drift_objective(gen, real, alpha_N, cfg, group):  # twin: drift_latent.drift_objective
@@ -641,13 +635,17 @@ def drift_objective(gen, real, alpha_N, cfg, group):  # twin: drift_latent.drift
     gen {key: [N, F, G, C]} carries the gradient, real {key: [N, F, P + U, C]} does not.
     """
     weight_N, total, infos = alpha_weight(alpha_N, cfg.gen, cfg.unc), 0.0, {}
-    for key, g_NFGC in gen.items():
-        N, n_loc = g_NFGC.shape[:2]
-        pos, unc = real[key].flatten(0, 1).split([cfg.pos, cfg.unc], dim=1)
-        weight_R = weight_N.repeat_interleave(n_loc)
-        loss_R, infos[key] = drift_loss(g_NFGC.flatten(0, 1), pos, unc, weight_R, cfg.taus, cfg.floor, group)
-        total = total + loss_R.mean() * (n_loc if cfg.location_sum else 1)
-    return total, infos
+    for keys in fused.packs(gen):       # keys of one width go through side by side along F
+        places = [gen[key].shape[1] for key in keys]
+        gen_RGC, real_RXC = (torch.cat([of[key] for key in keys], 1).flatten(0, 1) for of in (gen, real))
+        pos_RPC, unc_RUC = real_RXC.split([cfg.pos, cfg.unc], dim=1)
+        key_F = torch.arange(len(keys)).repeat_interleave(torch.tensor(places)).to(alpha_N.device)
+        loss_R, info = drift_loss(gen_RGC, pos_RPC, unc_RUC, weight_N.repeat_interleave(len(key_F)), cfg.taus,
+                                  cfg.floor, group, key_F.repeat(len(alpha_N)))
+        for loss_NF in loss_R.view(len(alpha_N), -1).split(places, dim=1):
+            total = total + loss_NF.mean() * (loss_NF.shape[1] if cfg.location_sum else 1)
+        infos.update((key, {name: v[i] for name, v in info.items()}) for i, key in enumerate(keys))
+    return total, {key: infos[key] for key in gen}
 
 
 def drift_backward(net, mae, b, cfg, ddp, group=None):  # twin: drift_latent.drift_backward
@@ -716,7 +714,8 @@ def ema_update(ema, net, decay):  # twin: drift_latent.ema_update
 
 
 def adamw(net, lr, wd):  # twin: drift_latent.adamw
-    return torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=wd)
+    cpu = next(net.parameters()).device.type == "cpu"       # there PyTorch takes the slow form by itself
+    return torch.optim.AdamW(net.parameters(), lr, (0.9, 0.95), 1e-8, wd, fused=True if cpu else None)
 
 
 def mae_sizes(cfg):  # twin: drift_latent.mae_sizes
@@ -818,7 +817,7 @@ def load_encoder(cfg, ddp, source):
     with run.autocast(ddp.device):
         low = torch.is_autocast_enabled(ddp.device.type)
     mae = mae.eval().requires_grad_(False).to(ddp.device, torch.bfloat16 if low else torch.float32)
-    return Encoder(mae, convnext)
+    return Encoder(fused.channels_last(mae), convnext)
 
 
 # --- train the generator -----------------------------------------------
@@ -855,6 +854,7 @@ def train(cfg):
     if "n" in cfg.features and not cfg.convnext:
         raise UserError("letter n of --features needs --convnext FILE (facebook/convnextv2-base-22k-224, "
                         f"model.safetensors); without it: --features {cfg.features.replace('n', '')}")
+    run.keep_freed_memory()                                 # a step makes and frees the same tensors
     source = Pixels(cfg)
     encoder = load_encoder(cfg, ddp, source)
     run.seed_all(cfg.seed, 0)

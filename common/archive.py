@@ -131,3 +131,9 @@ def alone(out):
         except OSError:
             raise UserError(f"another process is at work in {out}") from None
         yield
+
+
+def sweep(folder):
+    """Remove what killed writers left: NAME.PID.tmp."""
+    for stale in folder.glob("*.[0-9]*.tmp"):
+        stale.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Scores of binary classifiers: Matthews correlation, ROC and PR areas, calibration error, bootstrap.
+"""Scores of binary classifiers: Matthews correlation, ROC and PR areas, calibration error, of resamples too.
 
 A resample is a row of weights (how often each item was drawn), so thousands of resamples are one matrix:
 everything that is a sum over items becomes a matrix product, everything that needs a ranking becomes a prefix
@@ -8,7 +8,6 @@ N items  B resamples  C columns  K classes  T thresholds
 """
 
 import numpy as np
-import scipy
 
 
 def _check(prob, label, binary=True):
@@ -23,7 +22,7 @@ def _check(prob, label, binary=True):
     return prob, label.astype(bool) if binary else label.astype(np.int64)
 
 
-def _ratio(a, b):
+def ratio(a, b):
     """a / b in float64, 0 where b is 0."""
     a, b = np.broadcast_arrays(np.asarray(a, np.float64), np.asarray(b, np.float64))
     return np.divide(a, b, out=np.zeros(a.shape), where=b != 0)[()]
@@ -35,13 +34,13 @@ def mcc(tp, tn, fp, fn):
     """Matthews correlation (TP TN - FP FN) / sqrt((TP+FP)(TP+FN)(TN+FP)(TN+FN)) of counts; 0 where that
     root is 0. Arrays of any shape; in float64, since the product of four counts of 60 000 overflows int64."""
     tp, tn, fp, fn = (np.asarray(x, np.float64) for x in (tp, tn, fp, fn))
-    return _ratio(tp * tn - fp * fn, np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)))
+    return ratio(tp * tn - fp * fn, np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)))
 
 
 def mcc_at_prior(tpr, tnr, prior=0.5):
     """MCC that the same true positive and true negative rates give at another share of positives."""
     predicted = prior * tpr + (1 - prior) * (1 - np.asarray(tnr, np.float64))
-    return (tpr + tnr - 1) * np.sqrt(_ratio(prior * (1 - prior), predicted * (1 - predicted)))
+    return (tpr + tnr - 1) * np.sqrt(ratio(prior * (1 - prior), predicted * (1 - predicted)))
 
 
 def mcc_sweep(prob_N, label_N, n_thresholds=5000, prior=None, grid_T=None):
@@ -61,7 +60,7 @@ def mcc_sweep(prob_N, label_N, n_thresholds=5000, prior=None, grid_T=None):
         fp = len(negative) - np.searchsorted(negative, threshold)
         tn, fn = len(negative) - fp, len(positive) - tp
         value = mcc(tp, tn, fp, fn) if prior is None else \
-            mcc_at_prior(_ratio(tp, len(positive)), _ratio(tn, len(negative)), prior)
+            mcc_at_prior(ratio(tp, len(positive)), ratio(tn, len(negative)), prior)
         return np.rec.fromarrays([threshold, value, tp, tn, fp, fn], names="threshold,mcc,tp,tn,fp,fn")
 
     curve = at(np.linspace(0, 1, n_thresholds) if grid_T is None else np.asarray(grid_T, np.float64))
@@ -164,7 +163,7 @@ def expected_calibration_error(prob_N, label_N, bins=15, binning="width", kind=N
     if norm == "max":
         return float(gap.max())
     if norm == "l2":
-        square = gap ** 2 - (_ratio(y * (1 - y), n - 1) if debias else 0)
+        square = gap ** 2 - (ratio(y * (1 - y), n - 1) if debias else 0)
         return float(np.sqrt(max(np.sum(n * square) / n.sum(), 0)))
     return float(np.sum(n * gap) / n.sum())
 
@@ -190,7 +189,7 @@ def calibration_noise_floor(prob_N, label_N=None, bins=15, binning="width", draw
     member_NM = _one_hot(_bins(prob, bins, binning), bins)
     expected, rng = prob @ member_NM, np.random.default_rng(seed)
     drawn = [(rng.random((rows, len(prob))) < prob).astype(np.float64) @ member_NM
-             for rows in _chunks(draws, len(prob))]
+             for rows in chunks(draws, len(prob))]
     errors = np.abs(np.concatenate(drawn) - expected).sum(1) / len(prob)
     out = dict(mean=float(errors.mean()), p95=float(np.quantile(errors, 0.95)))
     if label_N is not None:
@@ -211,20 +210,20 @@ def _one_hot(index, size):
     return (index[:, None] == np.arange(size)).astype(np.float64)
 
 
-def _chunks(rows, width, cells=1 << 18):
+def chunks(rows, width, cells=1 << 18):
     """Split rows so that a [chunk, width] float64 matrix stays near the size of a CPU cache."""
     step = max(1, cells // max(width, 1))
     return [min(step, rows - start) for start in range(0, rows, step)]
 
 
-# --- bootstrap -----------------------------------------------------------
+# --- every metric, of resamples too --------------------------------------
 
 def count_metrics(tp, tn, fp, fn):
     """Every metric that needs only the four counts, arrays of any shape; ratios without denominator are 0."""
-    tpr, tnr, total = _ratio(tp, tp + fn), _ratio(tn, tn + fp), tp + tn + fp + fn
-    return dict(accuracy=_ratio(tp + tn, total), balanced_accuracy=(tpr + tnr) / 2,
-                precision=_ratio(tp, tp + fp), recall=tpr, specificity=tnr, fnr=_ratio(fn, tp + fn),
-                fpr=_ratio(fp, tn + fp), f1=_ratio(2 * tp, 2 * tp + fp + fn), mcc=mcc(tp, tn, fp, fn),
+    tpr, tnr, total = ratio(tp, tp + fn), ratio(tn, tn + fp), tp + tn + fp + fn
+    return dict(accuracy=ratio(tp + tn, total), balanced_accuracy=(tpr + tnr) / 2,
+                precision=ratio(tp, tp + fp), recall=tpr, specificity=tnr, fnr=ratio(fn, tp + fn),
+                fpr=ratio(fp, tn + fp), f1=ratio(2 * tp, 2 * tp + fp + fn), mcc=mcc(tp, tn, fp, fn),
                 mcc_prior50=mcc_at_prior(tpr, tnr))
 
 
@@ -274,61 +273,6 @@ def binary_metrics(prob_N, label_N, threshold=0.5, bins=15):
         return dict(count_metrics(tp, tn, fp, fn), roc_auc=auc, average_precision=ap,
                     brier=loss[:, 0] / total, nll=loss[:, 1] / total,
                     ece=np.abs(wide).sum(1) / total, ece_mass=np.abs(mass).sum(1) / total,
-                    ece_top=np.abs(top).sum(1) / total, mce=np.abs(_ratio(wide, in_wide)).max(1))
+                    ece_top=np.abs(top).sum(1) / total, mce=np.abs(ratio(wide, in_wide)).max(1))
 
     return measure
-
-
-def bootstrap(statistic, n, group=None, resamples=2000, level=0.95, method="percentile", seed=42):
-    """Confidence intervals of a weighted statistic -> dict name -> dict(value, std, lower, upper, undefined).
-
-    statistic  function weights [B, n] -> dict of arrays [B], as binary_metrics returns; a difference of two
-               such functions gives a paired comparison, since both see the same weights.
-    group      [n] labels of dependent items (frames of one video); whole groups are drawn. Default: every
-               item on its own.
-    method     "percentile" or "bca" (bias-corrected and accelerated; one more evaluation per group).
-    undefined  resamples in which the value was nan; they are left out.
-    """
-    group = np.arange(n) if group is None else np.unique(np.asarray(group), return_inverse=True)[1]
-    if len(group) != n:
-        raise ValueError(f"{n} items and {len(group)} group labels")
-    if method not in ("percentile", "bca"):
-        raise ValueError(f"method must be 'percentile' or 'bca', not {method!r}")
-    groups, alone, rng = int(group.max()) + 1, len(np.unique(group)) == n, np.random.default_rng(seed)
-
-    def draw(rows):
-        picked = rng.integers(0, groups, (rows, groups)) + np.arange(rows)[:, None] * groups
-        weight = np.bincount(picked.ravel(), minlength=rows * groups).reshape(rows, groups)
-        return weight if alone else weight[:, group]
-
-    def collect(weights):
-        parts = [statistic(w) for w in weights]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    values = {name: value[0] for name, value in statistic(np.ones((1, n))).items()}
-    drawn = collect(draw(rows) for rows in _chunks(resamples, n))
-    left_out = {}
-    if method == "bca":
-        starts = np.cumsum([0, *_chunks(groups, n)])
-        left_out = collect(1. - (group == np.arange(a, b)[:, None]) for a, b in zip(starts, starts[1:]))
-    out = {}
-    for name, sample in drawn.items():
-        kept = sample[np.isfinite(sample)]
-        tail = np.array([(1 - level) / 2, (1 + level) / 2])
-        if method == "bca" and len(kept):
-            tail = _bca(tail, kept, values[name], left_out[name])
-        lower, upper = np.quantile(kept, tail) if len(kept) else (np.nan, np.nan)
-        std = float(kept.std(ddof=1)) if len(kept) > 1 else float("nan")
-        out[name] = dict(value=float(values[name]), std=std, lower=float(lower), upper=float(upper),
-                         undefined=int(len(sample) - len(kept)))
-    return out
-
-
-def _bca(tail, sample, value, jackknife):
-    """Quantiles that replace `tail` (Efron 1987): z0 is the bias of the resamples, a the jackknife's skew."""
-    below = (np.mean(sample < value) + np.mean(sample <= value)) / 2
-    z0 = scipy.special.ndtri(np.clip(below, 0.5 / len(sample), 1 - 0.5 / len(sample)))
-    d = np.nanmean(jackknife) - jackknife
-    a = _ratio(np.nansum(d ** 3), 6 * np.nansum(d ** 2) ** 1.5)
-    z = z0 + scipy.special.ndtri(tail)
-    return scipy.special.ndtr(z0 + z / (1 - a * z))

@@ -35,7 +35,7 @@ from PIL import features
 from tqdm import tqdm
 
 from common import images
-from common.archive import alone, read_at, read_json, write_whole
+from common.archive import alone, read_at, read_json, sweep, write_whole
 from common.files import sha256_file
 from common.flags import UserError
 from common.ilsvrc import find_splits, judge, md5_file, record, role
@@ -178,15 +178,8 @@ def prepare_split(out, name, split, want, workers, archives, unofficial):
     return manifest
 
 
-def sweep(folder):
-    """Remove what killed writers left: NAME.PID.tmp."""
-    for stale in folder.glob("*.[0-9]*.tmp"):
-        stale.unlink(missing_ok=True)
-
-
 def check_disk(folder, count, size, format):
-    """Refuse to start on a disk too small: about 2/3 of the raw bytes as PNG, 1/3 as JPEG, and tar
-    headers."""
+    """Refuse to start on a disk too small: 2/3 of the raw bytes as PNG, 1/3 as JPEG, and tar headers."""
     done, free = sum(p.stat().st_size for p in folder.glob("*.tar")), shutil.disk_usage(folder).free
     need = count * (size * size * 3 * dict(png=0.67, jpg=0.33)[format] + 2048) - done
     if free < need:

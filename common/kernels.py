@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 SELF_MASK = 100.0  # added to a sample's distance from itself, in units of the mean distance
 MIN_SQUARED_DISTANCE, MIN_SCALE, MIN_LAM2 = 1e-8, 1e-3, 1e-8
+SMALL, FEW = 64, 32  # a Gram matrix of so few targets stays whole; so few channels never need one
 NORMALIZE = ("both", "targets", "none")
 
 
@@ -83,7 +84,8 @@ def drift_field_reference(x_ND, pos_PD, neg_MD, tau, mask_self=False, attract=1.
 # --- the training loss ------------------------------------------------------
 
 
-def drift_loss(gen_RGC, pos_RPC, unc_RUC=None, weight_R=None, taus=(0.02, 0.05, 0.2), floor=1e-6, group=None):
+def drift_loss(gen_RGC, pos_RPC, unc_RUC=None, weight_R=None, taus=(0.02, 0.05, 0.2), floor=1e-6, group=None,
+               key_R=None):
     """Drifting loss of R independent problems -> (loss_R, info); differentiable in gen alone.
 
     Per row, with D the distances of gen to the targets Y = [gen, unc, pos], m their mean over all rows and s
@@ -94,8 +96,10 @@ def drift_loss(gen_RGC, pos_RPC, unc_RUC=None, weight_R=None, taus=(0.02, 0.05, 
     weight_R: weight of that row's unconditional negatives (default 1).  taus: relative to the mean distance,
     > 0. floor: lower bound of the product of the two softmaxes; 1e-6 is the released value, use 0 in few
     dimensions. group: a torch.distributed group over which m and lam2 are global; every member must call.
-    None: this rank. info: "m" and "lam2/<tau>", scalar tensors.  float32 (float64 for float64 input),
-    autocast and TF32 off. Raises ValueError on shapes that do not fit, no positives, or a tau <= 0.
+    None: this rank. key_R: the feature 0, 1, ... that a row belongs to, each with an m and lam2 of its own:
+    one call then does for many small features of one width. info: "m" and "lam2/<tau>", scalar tensors, or
+    one value a feature.  float32 (float64 for float64 input), autocast and TF32 off. Raises ValueError on
+    shapes that do not fit, no positives, or a tau <= 0.
     """
     R, g, C = gen_RGC.shape
     unc_RUC = gen_RGC.new_empty(R, 0, C) if unc_RUC is None else unc_RUC
@@ -108,8 +112,11 @@ def drift_loss(gen_RGC, pos_RPC, unc_RUC=None, weight_R=None, taus=(0.02, 0.05, 
         raise ValueError("drift_loss needs at least one row, generated sample, channel and positive")
     if not taus or min(taus) <= 0:
         raise ValueError(f"taus must be > 0, got {taus}")
-    loss_R, m, lam2_n = _DriftLoss.apply(gen_RGC, pos_RPC, unc_RUC, weight_R, tuple(taus), floor, group)
-    return loss_R, {"m": m, **{f"lam2/{tau}": lam2 for tau, lam2 in zip(taus, lam2_n.unbind())}}
+    of_RK = weight_R.new_ones(R, 1) if key_R is None else torch.nn.functional.one_hot(key_R)
+    loss_R, m_K, lam2_Kn = _DriftLoss.apply(gen_RGC, pos_RPC, unc_RUC, weight_R, of_RK, tuple(taus), floor,
+                                            group)
+    info = {"m": m_K, **{f"lam2/{tau}": lam2_K for tau, lam2_K in zip(taus, lam2_Kn.unbind(1))}}
+    return loss_R, info if key_R is not None else {name: v_K[0] for name, v_K in info.items()}
 
 
 class _DriftLoss(torch.autograd.Function):
@@ -120,76 +127,76 @@ class _DriftLoss(torch.autograd.Function):
     quadratic forms sum_i K_a Y Y^T K_b^T of temperatures a, b in the Gram matrix of Y: nothing of size [..,
     C] is made for one temperature.  With C <= t ("narrow") the products K Y are smaller than the Gram matrix
     and take its place.  Rows are worked through in blocks; beside one block live, per row, [n,g,t] weights
-    and [t,t] products, or [n,g,C].
+    and [t,t] products, or [n,g,C] and [g,t].
     """
 
     @staticmethod
-    def forward(ctx, gen_RGC, pos_RPC, unc_RUC, weight_R, taus, floor, group):
+    def forward(ctx, gen_RGC, pos_RPC, unc_RUC, weight_R, of_RK, taus, floor, group):
         (R, g, C), u = gen_RGC.shape, unc_RUC.shape[1]
         t, n, dtype = g + u + pos_RPC.shape[1], len(taus), _dtype(gen_RGC)
-        weight_R, narrow = weight_R.to(dtype), C <= t
+        weight_R, of_RK, narrow = weight_R.to(dtype), of_RK.to(dtype), C <= max(t, FEW)
         weight_RT = torch.cat([weight_R.new_ones(R, g), weight_R[:, None].expand(R, u),
                                weight_R.new_ones(R, t - g - u)], 1)
         with _exact(gen_RGC.device):
             blocks = _blocks(R, g, t, n, C, gen_RGC.device)
             center_R1C = gen_RGC.mean(1, keepdim=True, dtype=dtype)
             buffer = gen_RGC.new_empty((blocks[0].stop, t, C), dtype=dtype)
-            sums_2 = gen_RGC.new_zeros(2, dtype=dtype)
-            kept = []  # wide rows: distances and Gram blocks are smaller than features, so they wait for m
+            sums_R2 = torch.stack([weight_R, g * weight_RT.sum(1)], 1)
+            kept = []  # distances, and Gram blocks where those are smaller than features, wait for m
             for rows in blocks:
                 y_RTC = _targets(gen_RGC, pos_RPC, unc_RUC, center_R1C, rows, buffer)
-                dist_RGT, gram, span = _geometry(y_RTC, g, narrow)
-                sums_2[0] += (dist_RGT.sum(1) * weight_RT[rows]).sum()
-                kept.append(None if narrow else (dist_RGT, gram, span))
-            sums_2[1] = g * weight_RT.sum()
-            _sum_over(group, sums_2)
-            m = sums_2[0] / sums_2[1]
-            s = (m / C ** 0.5).clamp_min(MIN_SCALE)
+                kept.append(_geometry(y_RTC, g, narrow))
+                sums_R2[rows, 0] = (kept[-1][0].sum(1) * weight_RT[rows]).sum(1)
+            sums_K2 = of_RK.T @ sums_R2
+            _sum_over(group, sums_K2)
+            m_K = sums_K2[:, 0] / sums_K2[:, 1]
+            m_R = of_RK @ m_K
+            s_R = (m_R / C ** 0.5).clamp_min(MIN_SCALE)
 
-            mix_RnGX = gen_RGC.new_empty((R, n, g, min(C, t)), dtype=dtype)  # K, or K Y when narrow
+            mix_RnGX = gen_RGC.new_empty((R, n, g, C if narrow else t), dtype=dtype)  # K Y if narrow, or K
+            once = gen_RGC.new_empty((blocks[0].stop, n, g, t), dtype=dtype) if narrow else None
             form_Rnn = gen_RGC.new_empty((R, n, n), dtype=dtype)
             for i, rows in enumerate(blocks):
+                (dist_RGT, gram), kept[i] = kept[i], None
+                k_RnGT = once[:len(dist_RGT)] if narrow else mix_RnGX[rows]
+                _weights(dist_RGT, m_R[rows], weight_R[rows], g, u, taus, floor, k_RnGT)
                 if narrow:
-                    y_RTC = _targets(gen_RGC, pos_RPC, unc_RUC, center_R1C, rows, buffer)
-                    dist_RGT, _, span = _geometry(y_RTC, g, narrow)
-                    k_RnGT = _weights(dist_RGT, span, m, weight_R[rows], g, u, taus, floor)
+                    if len(blocks) > 1:
+                        y_RTC = _targets(gen_RGC, pos_RPC, unc_RUC, center_R1C, rows, buffer)
                     torch.bmm(k_RnGT.flatten(1, 2), y_RTC, out=mix_RnGX[rows].flatten(1, 2))
-                    other = mix_RnGX[rows]
-                else:
-                    (dist_RGT, gram, span), kept[i] = kept[i], None
-                    k_RnGT = _weights(dist_RGT, span, m, weight_R[rows], g, u, taus, floor, mix_RnGX[rows])
-                    other = _times_gram(k_RnGT, gram)
+                other = mix_RnGX[rows] if narrow else _times_gram(k_RnGT, gram)
                 torch.bmm(mix_RnGX[rows].flatten(2), other.flatten(2).mT, out=form_Rnn[rows])
 
-            sums = torch.cat([form_Rnn.diagonal(dim1=1, dim2=2).sum(0) / s ** 2, s.new_tensor([R * g * C])])
-            _sum_over(group, sums)
-            lam2_n = sums[:n] / sums[n]
-            c_n = lam2_n.clamp_min(MIN_LAM2).rsqrt() / s
-            loss_R = ((form_Rnn @ c_n) @ c_n).clamp_min(0) / (g * C)
+            power_Rn = form_Rnn.diagonal(dim1=1, dim2=2) / s_R[:, None] ** 2
+            sums_KX = of_RK.T @ torch.cat([power_Rn, torch.full_like(s_R[:, None], g * C)], 1)
+            _sum_over(group, sums_KX)
+            lam2_Kn = sums_KX[:, :n] / sums_KX[:, n:]
+            c_Rn = of_RK @ lam2_Kn.clamp_min(MIN_LAM2).rsqrt() / s_R[:, None]
+            loss_R = (c_Rn[:, None] @ form_Rnn @ c_Rn[:, :, None])[:, 0, 0].clamp_min(0) / (g * C)
             if ctx.needs_input_grad[0]:
-                sum_RGX = (c_n @ mix_RnGX.flatten(2)).unflatten(1, (g, -1))  # sum over tau of K / sqrt(lam2)
+                sum_RGX = (c_Rn[:, None] @ mix_RnGX.flatten(2)).view(R, g, -1)  # sum of K / sqrt(lam2)
                 inputs = () if narrow else (gen_RGC, pos_RPC, unc_RUC, center_R1C)
-                ctx.save_for_backward(sum_RGX, -2 / (s * g * C), *inputs)
+                ctx.save_for_backward(sum_RGX, -2 / (s_R * g * C), *inputs)
                 ctx.blocks, ctx.narrow = blocks, narrow
         ctx.dtype = gen_RGC.dtype
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(m, lam2_n)
-        return loss_R, m, lam2_n
+        ctx.mark_non_differentiable(m_K, lam2_Kn)
+        return loss_R, m_K, lam2_Kn
 
     @staticmethod
     @once_differentiable
     def backward(ctx, up_R, _m, _lam2):
-        sum_RGX, factor, *inputs = ctx.saved_tensors
-        up_R11 = (up_R * factor)[:, None, None]
+        sum_RGX, factor_R, *inputs = ctx.saved_tensors
+        up_R11 = (up_R * factor_R)[:, None, None]
         if ctx.narrow:
-            return (sum_RGX * up_R11).to(ctx.dtype), None, None, None, None, None, None
+            return (sum_RGX * up_R11).to(ctx.dtype), *[None] * 7
         grad_RGC = torch.empty_like(inputs[0], dtype=sum_RGX.dtype)
         buffer = grad_RGC.new_empty(ctx.blocks[0].stop, sum_RGX.shape[2], grad_RGC.shape[2])
         with _exact(up_R.device):
             for rows in ctx.blocks:
                 y_RTC = _targets(*inputs, rows, buffer)
                 torch.bmm(sum_RGX[rows] * up_R11[rows], y_RTC, out=grad_RGC[rows])
-        return grad_RGC.to(ctx.dtype), None, None, None, None, None, None
+        return grad_RGC.to(ctx.dtype), *[None] * 7
 
 
 def _targets(gen_RGC, pos_RPC, unc_RUC, center_R1C, rows, buffer):
@@ -202,48 +209,53 @@ def _targets(gen_RGC, pos_RPC, unc_RUC, center_R1C, rows, buffer):
 
 
 def _geometry(y_RTC, g, narrow):
-    """Distances of the first g targets to all -> dist_RGT, the Gram matrix (None when narrow), a bound on
-    distances.
+    """Distances of the first g targets to all -> dist_RGT, the Gram matrix (None when narrow).
 
     Gram: the block rows of the upper triangle, (start, block), doubled right of the diagonal blocks: the
-    symmetric forms made of it are those of Y Y^T, for two thirds of the products.
+    symmetric forms made of it are those of Y Y^T, for two thirds of the products. A small one stays whole.
     """
     t = y_RTC.shape[1]
-    edges = [0, g] if narrow else [0, g, (g + t) // 2, t]
+    edges = [0, g] if narrow else [0, t] if t <= SMALL else [0, g, (g + t) // 2, t]
     gram = [(a, y_RTC[:, a:b].bmm(y_RTC[:, a:].mT)) for a, b in zip(edges, edges[1:])]
-    sq_RT = y_RTC.square().sum(-1) if narrow else torch.cat([v.diagonal(dim1=1, dim2=2) for _, v in gram], 1)
-    dist_RGT = torch.add(sq_RT[:, :g, None], gram[0][1], alpha=-2).add_(sq_RT[:, None])
+    sq_RT = (torch.linalg.vector_norm(y_RTC, dim=2).square_() if narrow
+             else torch.cat([v.diagonal(dim1=1, dim2=2) for _, v in gram], 1))
+    dist_RGT = torch.add(sq_RT[:, :g, None], gram[0][1][:, :g], alpha=-2).add_(sq_RT[:, None])
     dist_RGT.clamp_min_(MIN_SQUARED_DISTANCE).sqrt_()
-    span = 2 * sq_RT.max().clamp_min(MIN_SQUARED_DISTANCE).sqrt()
     if narrow:
-        return dist_RGT, None, span
+        return dist_RGT, None
     for _, block in gram:
         block[:, :, block.shape[1]:].mul_(2)
-    return dist_RGT, gram, span
+    return dist_RGT, gram
 
 
-def _weights(dist_RGT, span, m, weight_R, g, u, taus, floor, out=None):
-    """Weights K_RnGT of the targets; every row of K sums to 0.  Overwrites dist_RGT."""
-    m = m.clamp_min(MIN_SCALE)
-    dist_RGT[:, :, :g].diagonal(dim1=1, dim2=2).add_(SELF_MASK * m)
-    rate_n11 = (-1 / (m * torch.tensor(taus, dtype=m.dtype, device=m.device)))[:, None, None]
-    # Two softmaxes need two exponentials; where exp(-span / tau / 2) .. exp(span / tau / 2) are ordinary
-    # numbers, one will do.  Not asked on a GPU: the answer would have to come back, and there exponentials
-    # are free.
-    if m.device.type == "cpu" and g > 1 and span < 140 * min(taus) * m:
-        a_RnGT = torch.mul((dist_RGT - span / 2)[:, None], rate_n11, out=out).exp_()
+def _weights(dist_RGT, m_R, weight_R, g, u, taus, floor, a_RnGT):
+    """Writes weights K_RnGT of the targets to a_RnGT; every row of K sums to 0.  Overwrites dist_RGT."""
+    m_R = m_R.clamp_min(MIN_SCALE)
+    taus_n = torch.tensor(taus, dtype=m_R.dtype, device=m_R.device)
+    rate_Rn11 = (-1 / (m_R[:, None] * taus_n))[..., None, None]
+    high_R, itself_RG = dist_RGT.amax((1, 2)), dist_RGT[:, :, :g].diagonal(dim1=1, dim2=2)
+    itself_RG.copy_(high_R[:, None])
+    low_R = dist_RGT.amin((1, 2))
+    # Two softmaxes need two exponentials; where those of the nearest and the farthest target are ordinary
+    # numbers, seen from the middle, one will do, and a masked sample's is 0.  Not asked on a GPU: the answer
+    # would have to come back, and there exponentials are free.
+    if (m_R.device.type == "cpu" and g > 1 and max(taus) <= 1
+            and bool((high_R - low_R < 140 * min(taus) * m_R).all())):
+        dist_RGT.sub_((high_R + low_R)[:, None, None] / 2)
+        torch.mul(dist_RGT[:, None], rate_Rn11, out=a_RnGT).exp_()
+        a_RnGT[..., :g].diagonal(dim1=-2, dim2=-1).zero_()
         rows, cols = a_RnGT.sum(-1, keepdim=True), a_RnGT.sum(-2, keepdim=True)
         a_RnGT.mul_(rows.rsqrt_()).mul_(cols.rsqrt_()).clamp_min_(floor ** 0.5)
     else:
-        logit_RnGT = dist_RGT[:, None] * rate_n11
-        a_RnGT = torch.mul(logit_RnGT.softmax(-1), logit_RnGT.softmax(-2), out=out).clamp_min_(floor).sqrt_()
+        itself_RG.copy_(SELF_MASK * m_R[:, None] + MIN_SQUARED_DISTANCE ** 0.5)
+        logit_RnGT = dist_RGT[:, None] * rate_Rn11
+        torch.mul(logit_RnGT.softmax(-1), logit_RnGT.softmax(-2), out=a_RnGT).clamp_min_(floor).sqrt_()
     if u:
         a_RnGT[..., g:g + u].mul_(weight_R[:, None, None, None])
     an, ap = a_RnGT[..., :g + u], a_RnGT[..., g + u:]
     sn, sp = an.sum(-1, keepdim=True), ap.sum(-1, keepdim=True)
     an.mul_(-sp)
     ap.mul_(sn)
-    return a_RnGT
 
 
 def _times_gram(k_RnGT, gram):
@@ -281,8 +293,8 @@ def _dtype(x):
 
 
 def _blocks(R, g, t, n, C, device):
-    """Slices of rows: on a CPU a few MB, near the caches; on a GPU 1 GB, full kernels."""
-    most = max(1, (1 << 20 if device.type == "cpu" else 1 << 28) // max(n * g * t, t * C))
+    """Slices of rows: on a CPU two MB, near the caches; on a GPU 1 GB, full kernels."""
+    most = max(1, (1 << 19 if device.type == "cpu" else 1 << 28) // max(n * g * t, t * C))
     rows = -(-R // -(-R // most))  # as even as they come
     return [slice(i, min(i + rows, R)) for i in range(0, R, rows)]
 

@@ -18,7 +18,8 @@ import scipy
 import torch
 
 # One import for every measure; these names are defined elsewhere.
-from common.classify import (average_precision, binary_metrics, bootstrap, brier_score,  # noqa: F401
+from common.bootstrap import bootstrap  # noqa: F401
+from common.classify import (average_precision, binary_metrics, brier_score,  # noqa: F401
                              calibration_noise_floor, expected_calibration_error, mcc, mcc_at_prior,
                              mcc_sweep, negative_log_likelihood, reliability, roc_auc,
                              sweep_calibration_error)

@@ -1,4 +1,4 @@
-"""One optimizer step of drift_pixel.py and of the official JAX code at a size for CPUs; used by bench_drift.
+"""One optimizer step of drift_pixel.py and of the official JAX code at sizes for CPUs; used by bench_drift.
 
 Same weights (written by the official serialiser, read by ours), same real images, same work: noise, generator
 forward and backward, features of generated and real images, 86 drift losses, clip, AdamW, average.
@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-# multiply-adds a step: generator 16 x 3 x 57 M = 2.7 G, encoder (2 x 16 + 24) x 293 M = 16.4 G
-SIZE = dict(labels=2, gen=8, pos=8, unc=4, size=64, patch=8, width=128, depth=4, heads=4, classes=10,
+# multiply-adds a step of the first: generator 16 x 3 x 57 M = 2.7 G, encoder (2 x 16 + 24) x 293 M = 16.4 G
+TINY = dict(labels=2, gen=8, pos=8, unc=4, size=64, patch=8, width=128, depth=4, heads=4, classes=10,
             context=4, style_tables=8, style_codes=16, mae_width=32, mae_fold=2)
+SIZES = {"tiny": TINY, "samples": dict(TINY, gen=16, pos=16, unc=8, labels=1),
+         "wider": dict(TINY, width=192, heads=6, mae_width=64, labels=1)}
 STUBS = ("dataset.dataset", "utils.ckpt_util", "utils.env", "utils.fid_util", "utils.init_util",
          "utils.logging", "utils.model_builder", "models.hf")
 
@@ -31,8 +33,8 @@ class Stub(types.ModuleType):
         return lambda *args, **kw: None
 
 
-def real_images():
-    s, rng = SIZE, np.random.RandomState(5)
+def real_images(s):
+    rng = np.random.RandomState(5)
     shape = (s["size"], s["size"], 3)
     return [rng.uniform(-1, 1, (s["labels"], n, *shape)).astype(np.float32) for n in (s["pos"], s["unc"])]
 
@@ -41,19 +43,22 @@ def missing():
     return [name for name in ("flax", "optax") if importlib.util.find_spec(name) is None]
 
 
-def ours(folder):
+def ours(folder, size, compiled=False):
     """-> step() that trains once and returns the loss; weights from the official peer's artifacts."""
     import torch
 
     import drift_pixel as dp
     from common.run import Ranks
     torch.set_num_threads(1)
+    dp.run.keep_freed_memory()                                              # as run.main
     fields = {f.name for f in dataclasses.fields(dp.Config)}
-    cfg = dp.Config(**{k: v for k, v in SIZE.items() if k in fields})
+    cfg = dp.Config(**{k: v for k, v in SIZES[size].items() if k in fields})
     gen, mae = (dp.load_official(str(Path(folder, kind))) for kind in ("gen", "mae"))
-    encoder = dp.Encoder(mae).requires_grad_(False)
+    encoder = dp.Encoder(dp.fused.channels_last(mae)).requires_grad_(False)  # as load_encoder
     ema, optim = dp.copy.deepcopy(gen), dp.adamw(gen, 1e-6, 0.01)
-    pos, unc = (torch.from_numpy(x).permute(0, 1, 4, 2, 3).contiguous() for x in real_images())
+    net = torch.compile(gen) if compiled else gen                           # as train with --compile
+    encoder.features = torch.compile(encoder.features) if compiled else encoder.features
+    pos, unc = (torch.from_numpy(x).permute(0, 1, 4, 2, 3).contiguous() for x in real_images(SIZES[size]))
     ddp, N, G = Ranks(0, 1, torch.device("cpu")), cfg.labels, cfg.gen
 
     def step():
@@ -61,7 +66,7 @@ def ours(folder):
                      eps=torch.randn(N, G, 3, cfg.size, cfg.size),
                      style=torch.randint(cfg.style_codes, (N, G, cfg.style_tables)))
         optim.zero_grad(set_to_none=True)
-        loss, _ = dp.drift_backward(gen, encoder, batch, cfg, ddp)
+        loss, _ = dp.drift_backward(net, encoder, batch, cfg, ddp)
         torch.nn.utils.clip_grad_norm_(gen.parameters(), 2.0)
         optim.step()
         dp.ema_update(ema, gen, 0.999)
@@ -69,7 +74,7 @@ def ours(folder):
     return step
 
 
-def official(folder):
+def official(folder, size):
     """The same of the release's own train_step under jax.jit; writes both networks' weights to folder."""
     import jax
     import jax.numpy as jnp
@@ -82,7 +87,7 @@ def official(folder):
     clip = jnp.clip             # JAX renamed the keyword a_min after the release was written
     jnp.clip = lambda x, a_min=None, a_max=None, min=None, max=None: clip(  # noqa: A002
         x, a_min if min is None else min, a_max if max is None else max)
-    train, s = importlib.import_module("train"), SIZE
+    train, s = importlib.import_module("train"), SIZES[size]
     importlib.import_module("utils.hsdp_util").set_global_mesh(1)
     config = dict(hidden_size=s["width"], cond_dim=s["width"], depth=s["depth"], num_heads=s["heads"],
                   input_size=s["size"], patch_size=s["patch"], in_channels=3, out_channels=3, mlp_ratio=4.0,
@@ -112,7 +117,7 @@ def official(folder):
 
     box = [train.TrainState.create(apply_fn=gen.apply, params=params[0], ema_params=params[0],
                                    tx=optax.adamw(1e-6, b1=0.9, b2=0.95, weight_decay=0.01))]
-    pos, unc = map(jnp.asarray, real_images())
+    pos, unc = map(jnp.asarray, real_images(s))
     fast = jax.jit(partial(
         train.train_step, rng_init=key, learning_rate_fn=lambda i: jnp.float32(1e-6), feature_apply=features,
         gen_per_label=s["gen"], neg_cfg_pw=3.0, loss_kwargs=dict(R_list=(0.2, 0.05, 0.02))))

@@ -30,6 +30,7 @@ from eval import _drift_step
 
 SIZES = [(16, 64, 64, 16, 640), (64, 64, 64, 16, 320), (4, 64, 64, 16, 5120)]  # R, g, p, u, C
 PEERS = ("ours", "plain", "official")
+STEPPERS = ("official", "ours", "compiled")  # compiled: ours with --compile
 WARM = 3
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -106,7 +107,8 @@ def worker(name, clock):
                 step()
             print("ready", file=reply)
         elif word == "step":
-            step = (_drift_step.official if name == "official" else _drift_step.ours)(rest[0])
+            step = (_drift_step.official(*rest) if name == "official"
+                    else _drift_step.ours(*rest, compiled=name == "compiled"))
             print(np.mean([step() for _ in range(WARM)]), file=reply)
         elif word == "time":
             start = clock()
@@ -172,29 +174,33 @@ def bench_cpu(rounds, core, clock):
 GOAL = 1.5
 
 
-def bench_step(rounds, core, clock):
-    """One optimizer step, ours against the release's, at _drift_step.SIZE -> a case of eval.bench."""
+def bench_step(rounds, core, clock, size="tiny", steppers=STEPPERS[:2]):
+    """One optimizer step, ours against the release's, at a size of _drift_step -> a case of eval.bench."""
     gone = [official_missing()] if official_missing() else _drift_step.missing()
     if gone:
         return dict(skipped=", ".join(gone))
     with tempfile.TemporaryDirectory() as folder:
-        peers = {name: Peer(name, core, clock) for name in ("official", "ours")}
-        losses = {name: float(peer.ask(f"step {folder}")) for name, peer in peers.items()}
+        peers = {name: Peer(name, core, clock) for name in steppers}
+        losses = {name: float(peer.ask(f"step {folder} {size}")) for name, peer in peers.items()}
     times = {name: [] for name in peers}
     for i in range(rounds):
-        for name in list(peers)[::1 if i % 2 else -1]:
+        for name in list(peers)[i % len(peers):] + list(peers)[:i % len(peers)]:
             times[name].append(float(peers[name].ask("time")))
     for peer in peers.values():
         peer.process.stdin.close()
         peer.process.wait()
-    ratios = sorted(theirs / ours for theirs, ours in zip(times["official"], times["ours"]))
+    ratios, *more = (sorted(theirs / t for theirs, t in zip(times["official"], times[name]))
+                     for name in steppers[1:])
     middle = statistics.median(ratios)
     # other noise on both sides: the sum of 86 losses of almost constant size moves by about a hundredth
     return dict(what="optimizer step in pixels, official JAX / ours", ratio="time", value=middle, goal=GOAL,
-                met=middle >= GOAL, agree=abs(losses["ours"] / losses["official"] - 1) < 0.05,
+                met=middle >= GOAL,
+                agree=all(abs(loss / losses["official"] - 1) < 0.05 for loss in losses.values()),
                 ours_s=statistics.median(times["ours"]), theirs_s=statistics.median(times["official"]),
                 quartiles=[ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]], losses=losses,
-                rounds=rounds, size=_drift_step.SIZE)
+                rounds=rounds, size=_drift_step.SIZES[size],
+                **{f"{name}_value": statistics.median(r) for name, r in zip(steppers[2:], more)},
+                **{f"{name}_s": statistics.median(times[name]) for name in steppers[2:]})
 
 
 # --- GPU: in process ----------------------------------------------------------------
@@ -254,7 +260,9 @@ def main():
                         help="wall, or cpu: processor time of the process, for a machine that others use too")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", choices=("loss", "step"), help="one of the two; step on CPUs [both]")
-    parser.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
+    parser.add_argument("--size", choices=_drift_step.SIZES, default="tiny", help="of the step [tiny]")
+    parser.add_argument("--compiled", action="store_true", help="the step also with --compile")
+    parser.add_argument("--worker", choices={*PEERS, *STEPPERS}, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return worker(args.worker, CLOCKS[args.clock])
@@ -263,7 +271,8 @@ def main():
     if args.only != "step":
         rows, missing = bench_cuda(args.rounds) if cuda else bench_cpu(args.rounds, args.core, args.clock)
     if args.only != "loss" and not cuda:
-        cases["step"] = bench_step(args.rounds, args.core, args.clock)
+        cases["step"] = bench_step(args.rounds, args.core, args.clock, args.size,
+                                   STEPPERS if args.compiled else STEPPERS[:2])
         print("optimizer step: " + "  ".join(f"{k} {v}" for k, v in cases["step"].items()))
     for row in rows:
         print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()

@@ -36,6 +36,12 @@ MICRO = dict(preset="smoke", data="", image_size=16, colors=1, fit="crop", codec
              save_every=2, keep_every=2, grid_every=100, log_every=1, count=8, alphas=(1.0,), judge_epochs=1)
 
 
+def inventory(mae, size, channels, sets="abcd"):
+    """[(key, vectors F, channels C)] of one image, found on the meta device without computing anything."""
+    feats = mae.to("meta").features(torch.empty(1, channels, size, size, device="meta"), sets)
+    return [(key, f.shape[1], f.shape[2]) for key, f in feats.items()]
+
+
 def config(**changes):
     return dl.Config(**{**MICRO, **changes})
 
@@ -96,7 +102,7 @@ def test_every_preset_builds_on_meta_and_passes_its_own_check(name):
                   torch.empty(2, cfg.channels, cfg.size, cfg.size),
                   torch.zeros(2, cfg.style_tables, dtype=torch.long))
     assert out.shape == (2, cfg.channels, cfg.size, cfg.size)
-    assert len(dl.inventory(mae, cfg.size, cfg.channels, cfg.features)) >= 10
+    assert len(inventory(mae, cfg.size, cfg.channels, cfg.features)) >= 10
     dl.check(cfg, Ranks(0, 8 if name == "table8_l2" else 1, torch.device("cpu")))
 
 
@@ -250,7 +256,7 @@ def test_sincos_positions_match_their_formula():
 def test_feature_inventory_is_the_official_one():
     with torch.device("meta"):
         mae = dl.MAE(width=256)
-    table = {key: (f, c) for key, f, c in dl.inventory(mae, 32, 4)}
+    table = {key: (f, c) for key, f, c in inventory(mae, 32, 4)}
     assert len(table) == 86 and sum(f for f, _ in table.values()) == 6734
     assert table["global"] == (1, 4096) and table["norm_x"] == (1, 4)
     for name, side, width in (("conv1", 32, 256), ("layer1_blk2", 32, 256), ("layer2_blk4", 16, 512),

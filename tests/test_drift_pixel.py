@@ -37,6 +37,12 @@ MICRO = dict(preset="smoke", data="", size=16, channels=1, fit="crop", augment="
              keep_every=2, grid_every=100, log_every=1, count=8, alphas=(1.0,), judge_epochs=1)
 
 
+def inventory(mae, size, channels, sets="abcd"):
+    """[(key, vectors F, channels C)] of one image, found on the meta device without computing anything."""
+    feats = mae.to("meta").features(torch.empty(1, channels, size, size, device="meta"), sets)
+    return [(key, f.shape[1], f.shape[2]) for key, f in feats.items()]
+
+
 def config(**changes):
     return dp.Config(**{**MICRO, **changes})
 
@@ -124,7 +130,7 @@ def test_every_preset_builds_on_meta_and_passes_its_own_check(name):
         out = net(torch.zeros(2).long(), torch.ones(2), torch.empty(2, cfg.channels, cfg.size, cfg.size),
                   torch.zeros(2, cfg.style_tables).long())
     assert out.shape == (2, cfg.channels, cfg.size, cfg.size)
-    assert len(dp.inventory(encoder, cfg.size, cfg.channels, cfg.features)) >= 10
+    assert len(inventory(encoder, cfg.size, cfg.channels, cfg.features)) >= 10
     dp.check(cfg, Ranks(0, 8 if name.startswith("table8") else 1, torch.device("cpu")))
 
 
@@ -182,7 +188,7 @@ def test_feature_inventory_is_the_official_one():
     """86 keys of the MAE on 32 x 32 folded pixels, 192 channels in norm_x, and 13 of ConvNeXt-V2 Base."""
     with torch.device("meta"):
         encoder = dp.Encoder(dp.MAE(channels=3, width=640, patch=8), ConvNeXt())
-    table = {key: (f, c) for key, f, c in dp.inventory(encoder, 256, 3, "abcdn")}
+    table = {key: (f, c) for key, f, c in inventory(encoder, 256, 3, "abcdn")}
     assert len(table) == 99
     assert table["norm_x"] == (1, 192) and table["global"] == (1, 196_608)
     assert table["layer1"] == (1024, 640) and table["layer4_std_4"] == (1, 5120)

@@ -154,6 +154,23 @@ def test_rows_interact_only_through_the_two_scales(sizes):
     assert relative(with_other[:1].detach(), loss[:1].detach()) > 0.05  # other scales: not
 
 
+@pytest.mark.parametrize("C", [4, 40])
+def test_features_that_share_a_call_keep_scales_of_their_own(C):
+    parts = [features(R, 6, 5, 3, C) for R in (3, 1)]
+    parts[1] = [(v.detach() * 7).requires_grad_() for v in parts[1][:3]] + [parts[1][3]]
+    order = torch.tensor([1, 0, 2, 3])                      # rows of a feature need not stand together
+    inputs = [torch.cat(v).detach()[order].requires_grad_() for v in zip(*parts)]
+    loss, info = drift_loss(*inputs, key_R=torch.tensor([0, 0, 0, 1])[order])
+    grad = torch.autograd.grad(loss.sum(), inputs[0])[0]
+    for key, part in enumerate(parts):
+        want, info_of_one = drift_loss(*part)
+        rows = (torch.tensor([0, 0, 0, 1])[order] == key).nonzero()[:, 0]
+        rows = rows[order[rows].argsort()]
+        assert torch.allclose(loss[rows], want, rtol=1e-12)
+        assert torch.allclose(grad[rows], torch.autograd.grad(want.sum(), part[0])[0], rtol=1e-9, atol=1e-15)
+        assert all(torch.allclose(info[k][key], v, rtol=1e-12) for k, v in info_of_one.items())
+
+
 def test_one_temperature_has_mean_loss_one_and_three_lie_between_one_and_nine():
     gen, pos, unc, weight = (v.detach() for v in features(4, 16, 16, 4, 64))
     assert float(drift_loss(gen, pos, unc, weight, taus=(0.2,))[0].mean()) == pytest.approx(1, rel=1e-9)

@@ -17,7 +17,8 @@ With s = logit p, p kept 1e-7 away from 0 and 1:
 import numpy as np
 import scipy
 
-from common.classify import binary_metrics, bootstrap, mcc_sweep, negative_log_likelihood
+from common.bootstrap import bootstrap
+from common.classify import binary_metrics, mcc_sweep, negative_log_likelihood
 from common.street.splits import unit
 
 

@@ -5,7 +5,8 @@ import math
 
 import numpy as np
 
-from common.classify import binary_metrics, bootstrap, calibration_noise_floor, count_metrics, mcc_sweep
+from common.bootstrap import bootstrap
+from common.classify import binary_metrics, calibration_noise_floor, count_metrics, mcc_sweep
 
 
 def rounded(value):
