@@ -39,7 +39,7 @@ from common.hope.blocks import (Attention, Conv, DeltaNet, RMSNorm, SwiGLU, cut,
                                 inverse_softplus, linear, log_sigmoid, nll, pieces, rates, rope, stacked,
                                 sum_gates, teach_signal, unit)
 from common.run import opt
-from common.hope.scan import SiLU, advance, chunk_rule, decays
+from common.hope.scan import Gram, Norm, SiLU, advance, apart, chunk_rule, decays, shared, together
 from common.hope.synthetic import Task
 from common.hope.text import BPE
 
@@ -180,7 +180,7 @@ PRESETS = {
 
 def recall(Ws, z):
     """W_n s(... s(W_1 z)), s = SiLU -> (outputs W x of each layer, its inputs x, slopes s' between them)."""
-    outputs, inputs, slopes = [z @ Ws[0].mT], [z], []
+    outputs, inputs, slopes = [shared(Ws[0], z)], [z], []
     for W in Ws[1:]:
         x, slope = SiLU.apply(outputs[-1])
         inputs.append(x)
@@ -191,7 +191,7 @@ def recall(Ws, z):
 
 def answer(Ws, z, residual):
     """M(z) = [z +] W_n s(... s(W_1 z))."""
-    y = z @ Ws[0].mT
+    y = shared(Ws[0], z)
     for W in Ws[1:]:
         y = F.silu(y) @ W.mT
     return z + y if residual else y
@@ -244,17 +244,21 @@ def learn(Ws, Ss, k, v, eta, log_keep, log_mom, q, rule, residual, own_target):
     early = rule.delta or q is not None and rule.before and not rule.boundary
     rates, W_new, S_new, h = decays(log_keep, log_mom, early, late), [], [], None if rule.boundary else q
     for i, (W, S, g, x, Wx) in enumerate(zip(Ws, Ss, grads, inputs, Wk)):
-        norm = torch.linalg.vector_norm(x, dim=-1)
-        step = {"proximal": lambda: eta / (1 + eta * norm.square()),     # noqa: B023, called at once
-                "unit": lambda: eta / norm.square().clamp(min=1e-4),
-                "none": lambda: eta.expand_as(norm)}[rule.normal]()
+        gram, square = Gram.apply(x)
+        step = {"proximal": lambda: eta / (1 + eta * square),            # noqa: B023, called at once
+                "unit": lambda: eta / square.clamp(min=1e-4),
+                "none": lambda: eta.expand_as(square)}[rule.normal]()
         scale = step
         if rule.clip:
-            scale = step * (rule.clip / (torch.linalg.vector_norm(g, dim=-1) * norm).clamp(min=rule.clip))
-        W_end, S_end, h = advance(W, S, x, -scale[..., None] * g, step if rule.delta else None, rates, Wx,
-                                  F.silu(h) if i and h is not None else h, not rule.before)
-        W_new.append(W_end)
-        S_new.append(S_end)
+            size = Norm.apply(g) * square.clamp(min=1e-12).sqrt()
+            scale = step * (rule.clip / size.clamp(min=rule.clip))
+        many = W.shape[2] if x.shape[2] < W.shape[2] else 0     # memories that share their input: one wide W
+        args = (W, S, g * -scale[..., None], Wx)
+        W, S, w, Wx = [together(a, axis) for a, axis in zip(args, (3, 3, 4, 4))] if many else args
+        W_end, S_end, h = advance(W, S, x, w, step if rule.delta else None, rates, Wx,
+                                  F.silu(h) if i and h is not None else h, not rule.before, gram)
+        W_new.append(apart(W_end, many, 3))
+        S_new.append(apart(S_end, many, 3))
     if q is not None:
         h = answer(Ws, q, residual) if rule.boundary else (q + h if residual else h)
     return W_new, S_new, h, gate
@@ -280,7 +284,8 @@ class Memory(nn.Module):
         self.remat, self.body = cfg.remat == "chunk", learn
 
     def start(self, B):
-        Ws = [(W if W.dtype == torch.float64 else W.float()).expand(B, *W.shape) for W in self.layers]
+        Ws = [(W if W.dtype == torch.float64 else W.float()).expand(B, *W.shape).contiguous()
+              for W in self.layers]
         return Ws, [None] * len(Ws), None, [0.0, 0]
 
     def recall(self, state, z):
