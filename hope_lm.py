@@ -476,11 +476,13 @@ class Hope(nn.Module):
         if "g" in cfg.adapt:
             self.gates = Memory(cfg, cfg.chunk_self, steady, 2, scalar=True, residual=False)
             self.slow_gates = None
-        bias = torch.tensor([inverse_softplus(cfg.eta), 4.5])           # alpha starts at 0.99
+        # unit: a step of exactly 0 or 2 must be in reach; 1.98 multiplies by -0.98 and fades with length
+        self.hard = cfg.normal == "unit"
+        bias = torch.tensor([cfg.eta if self.hard else inverse_softplus(cfg.eta), 4.5])     # alpha: 0.99
         self.bias = nn.Parameter(bias[:, None, None, None].repeat(1, H, 1, 1))
         self.store = Memory(cfg, cfg.chunk, rule)
         self.open, self.norm, self.out = linear(D, D), RMSNorm(D // H), linear(D, D, cfg.out_std)
-        self.range, self.decay = 2.0 if cfg.normal == "unit" else 0.0, float(cfg.decay)
+        self.decay = float(cfg.decay)
 
     def forward(self, x, state):
         B, T = x.shape[:2]
@@ -512,7 +514,7 @@ class Hope(nn.Module):
                 rows.update(zip(self.names, unit(self.maps.recall(maps, part[:, :, index])).split(1, 2)))
             raw = raw if gates is None else self.gates.recall(gates, rows["g"])[..., 0]
             eta, keep = (r + b for r, b in zip(raw.split(1, 2), self.bias))
-            eta = self.range * torch.sigmoid(eta) if self.range else F.softplus(eta)
+            eta = eta.clamp(0.0, 2.0) if self.hard else F.softplus(eta)
             keep = log_sigmoid(keep) * self.decay
             made.append((rows["q"], rows["k"], rows["v"], eta, keep))
             if maps is not None:

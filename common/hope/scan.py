@@ -4,10 +4,8 @@
 
 covers Titans (rho = 0), HOPE (DGD with momentum), DeltaNet and Gated DeltaNet (m = 0).  Inside a chunk of C
 tokens the write rows w_t are known beforehand, so the recurrence is a few matrix products and one unit
-triangular inverse, exact up to rounding; tests/test_hope_lm.py holds it to the token loop at 1e-10.  Decay
-products stand in log space.
-
-The chunk's backward is written out: autograd's own keeps and reads several times the memory.
+triangular inverse, exact up to rounding (tests: the token loop, 1e-10); decay products stand in log space.
+The backward is written out: autograd's own keeps and reads several times the memory.
 
 C tokens of a chunk  O, I rows out, in
 """
@@ -19,7 +17,7 @@ import torch.nn.functional as F
 
 
 class Decay(NamedTuple):
-    """Weights of the past in W_t: A of W_0, B of S_0, C of write i (no momentum: None, R), R of correction i."""
+    """Weights in W_t: A of W_0, B of S_0, C of write i (None without momentum: R), R of correction i."""
     A: torch.Tensor
     B: torch.Tensor | None
     C: torch.Tensor | None
@@ -112,8 +110,7 @@ class Ratios(torch.autograd.Function):
 def decays(log_keep, log_mom=None, before=True, now=True):
     """Decay products of a chunk in log space: log a_t, log m_t [..., C] -> (Decay at t-1, Decay at t, End).
 
-    A_t = prod a, R_ti = A_t/A_i, H_t = prod m, RH_ti = H_t/H_i, C = R RH, B = R H.  A Decay not asked for is
-    None.
+    A_t = prod a, R_ti = A_t/A_i, H_t = prod m, RH_ti = H_t/H_i, C = R RH, B = R H.  None: not asked for.
     """
     total = log_keep.cumsum(-1)
     if log_mom is not None:
@@ -140,18 +137,13 @@ def acc(total, a, b):
     """total + a @ b, summed inside the product and in place; total None: a @ b."""
     if total is None:
         return a @ b
-    flat = lambda t: t.reshape(-1, *t.shape[-2:])   # noqa: E731
-    total.view(-1, *total.shape[-2:]).baddbmm_(flat(a), flat(b))
-    return total
+    flat = [t.reshape(-1, *t.shape[-2:]) for t in (a, b)]
+    return total.view(-1, *total.shape[-2:]).baddbmm_(*flat).view(total.shape)
 
 
 def plus(total, rate, b):
     """total + rate b, in place where there is a total."""
     return rate * b if total is None else total.addcmul_(rate, b)
-
-
-def dot(a, b):
-    return (a * b).sum((-1, -2))
 
 
 def add(a, b):
@@ -210,6 +202,7 @@ class Chunk(torch.autograd.Function):
         first, second = kept[:ctx.sizes[0]], kept[ctx.sizes[0]:]
         gW = gS = gx = ggram = gw = gu = gq = grho = gWx = None
         g_now, g_before, g_end = [None] * 4, [None] * 4, [None] * 6     # of A, B, C, R (, H, RH)
+        dot = lambda a, b: (a * b).sum((-1, -2))    # noqa: E731
         if gW_new is not None:
             gW, g_end[0] = end.A[..., None, None] * gW_new, dot(gW_new, W)
             gx, grows = rows @ gW_new, x @ gW_new.mT
@@ -227,7 +220,7 @@ class Chunk(torch.autograd.Function):
             if S is not None:
                 gS, g_end[4] = plus(gS, end.H[..., None, None], gS_new), dot(gS_new, S)
         if gout is not None:
-            at, g_at, (score, see, past) = now if ctx.late else before, g_now if ctx.late else g_before, second
+            (at, g_at), (score, see, past) = (now, g_now) if ctx.late else (before, g_before), second
             gqW = gout @ W
             gq, g_at[0] = at.A[..., None] * gqW, (gqW * q).sum(-1)
             gW, gw = acc(gW, gout.mT, at.A[..., None] * q), acc(gw, see.mT, gout)
@@ -296,9 +289,8 @@ def advance(W, S, x, w, rho, rates, Wx=None, q=None, late=True, gram=None):
 
     W, S: [..., O, I] at the chunk's start (S None: zero, or no momentum); x [..., C, I]; w [..., C, O];
     rho [..., C] or None; rates: decays(...); Wx, gram: x W^T and x x^T where they are known already.  out:
-    W_t q_t of every token's own q [..., C, I], after its write (late) or before it; None without q.  The
-    corrections u_t = -rho_t W_{t-1} x_t solve (I + R_{t-1,i} rho_i x_i.x_t) r = A_{t-1} W x + B_{t-1} S x
-    + (C_{t-1} * x x^T) w.
+    W_t q_t of every token's q [..., C, I], after its write (late) or before it.  The corrections u_t = -rho_t
+    r_t, r = W_{t-1} x_t, solve (I + R_{t-1,i} rho_i x_i.x_t) r = A_{t-1} W x + B_{t-1} S x + (C * x x^T) w.
     """
     before, now, end = rates
     x = x.expand(*W.shape[:-2], *x.shape[-2:])
@@ -311,9 +303,8 @@ def advance(W, S, x, w, rho, rates, Wx=None, q=None, late=True, gram=None):
 def chunk_rule(kind, W, S, g, keep, log_mom):
     """Rules without an exact token form, applied once to a chunk's summed step eta g [..., O, I].
 
-    delta_momentum (NL 49)  m <- m (a I - g^T g / |g|^2) - g;   W <- keep W + m
-    dmgd (NL 50)            W <- keep W + m_phi(g), m_phi(g) = -g + s(g) phi^T;  phi <- a phi - d<m_phi(g),
-                            1>/dphi
+    delta_momentum (NL 49)   m <- m (a I - g^T g / |g|^2) - g;   W <- keep W + m
+    dmgd (NL 50)   W <- keep W + m_phi(g), m_phi(g) = -g + s(g) phi^T;  phi <- a phi - d<m_phi(g), 1>/dphi
     """
     a = 0.9 if log_mom is None else log_mom.mean(-1).exp()[..., None, None]
     keep = keep[..., None, None]
