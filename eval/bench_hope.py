@@ -6,7 +6,8 @@ length, and the reference.
 Config: V 256, D 256, L 4, H 4, T 512, batch 4, CMS 4 x 4, random bytes; a step is forward, backward through
 the writes
 and AdamW.  Time is process time: the cores are shared and a wall clock would count other people's work.  The
-cost against length keeps 4 rows and makes them longer (D 128, L 2).  Cases of a round run one after the other
+cost against length keeps the tokens of a step: fewer rows, longer (D 128, L 2), so that both ends move the same
+memory.  Cases of a round run one after the other
 and ratios are taken within the round (median over rounds).
 
 DIR (or ONEFILE_NESTED_LEARNING): a checkout of github.com/kmccleary3301/nested_learning; needs omegaconf.
@@ -124,7 +125,8 @@ def main():
     run.keep_freed_memory()
     lengths = [int(x) for x in args.lengths.split(",")]
     made = {name: stepper(**CASES[name]) for name in args.only.split(";")}
-    by_length = {str(T): stepper(T=T, width=128, depth=2, heads=2, cms_levels=2)[0] for T in lengths}
+    by_length = {str(T): stepper(2 * max(lengths) // T, T, width=128, depth=2, heads=2, cms_levels=2)[0]
+                 for T in lengths}
     theirs = {f"reference {name}": reference(args.reference, name)
               for name in REFERENCE} if args.reference else {}
     steps = {name: step for name, (step, _) in made.items()} | by_length
