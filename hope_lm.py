@@ -156,8 +156,8 @@ PRESETS = {
                                      steps=1500, chunk=32, chunk_self=32, cms_levels=2)),
     "parity": dict(paper="NL tables 3-5, state tracking; also --task aa", goal=dict(accuracy=0.99),
                    set=dict(task="parity", vocab=64, width=32, depth=1, heads=1, length=32, batch=32,
-                            steps=300, normal="unit", inner="dgd", eta=1.9, memory_depth=1, cms_levels=1,
-                            chunk=8, chunk_self=8, decay=False, eval_every=150, eval_rows=64)),
+                            steps=200, normal="unit", inner="dgd", eta=1.9, memory_depth=1, cms_levels=1,
+                            adapt="g", chunk=8, chunk_self=8, decay=False, eval_every=200, eval_rows=64)),
     "cms_sparse": dict(paper="sparse-chunk ablation, below 49 GB", set=dict(
         width=384, depth=8, heads=6, vocab=32_000, length=1024, batch=2, cms="context", through_writes=False,
         optimizer="adamw", lr=2.5e-4, steps=5000)),
