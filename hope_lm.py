@@ -39,7 +39,7 @@ from common.hope.blocks import (Attention, Conv, DeltaNet, RMSNorm, SwiGLU, cut,
                                 inverse_softplus, linear, log_sigmoid, nll, pieces, rates, rope, stacked,
                                 sum_gates, teach_signal, unit)
 from common.run import opt
-from common.hope.scan import SiLU, advance, chunk_rule, decays
+from common.hope.scan import Gram, Norm, SiLU, advance, apart, chunk_rule, decays, shared, together
 from common.hope.synthetic import Task
 from common.hope.text import BPE
 
@@ -156,8 +156,8 @@ PRESETS = {
                                      steps=1500, chunk=32, chunk_self=32, cms_levels=2)),
     "parity": dict(paper="NL tables 3-5, state tracking; also --task aa", goal=dict(accuracy=0.99),
                    set=dict(task="parity", vocab=64, width=32, depth=1, heads=1, length=32, batch=32,
-                            steps=1000, normal="unit", inner="dgd", eta=1.3, memory_depth=1, cms_levels=1,
-                            chunk=8, chunk_self=4, decay=False, eval_every=250, eval_rows=64)),
+                            steps=200, normal="unit", inner="dgd", eta=1.9, memory_depth=1, cms_levels=1,
+                            adapt="g", chunk=8, chunk_self=8, decay=False, eval_every=200, eval_rows=64)),
     "cms_sparse": dict(paper="sparse-chunk ablation, below 49 GB", set=dict(
         width=384, depth=8, heads=6, vocab=32_000, length=1024, batch=2, cms="context", through_writes=False,
         optimizer="adamw", lr=2.5e-4, steps=5000)),
@@ -180,7 +180,7 @@ PRESETS = {
 
 def recall(Ws, z):
     """W_n s(... s(W_1 z)), s = SiLU -> (outputs W x of each layer, its inputs x, slopes s' between them)."""
-    outputs, inputs, slopes = [z @ Ws[0].mT], [z], []
+    outputs, inputs, slopes = [shared(Ws[0], z)], [z], []
     for W in Ws[1:]:
         x, slope = SiLU.apply(outputs[-1])
         inputs.append(x)
@@ -191,7 +191,7 @@ def recall(Ws, z):
 
 def answer(Ws, z, residual):
     """M(z) = [z +] W_n s(... s(W_1 z))."""
-    y = z @ Ws[0].mT
+    y = shared(Ws[0], z)
     for W in Ws[1:]:
         y = F.silu(y) @ W.mT
     return z + y if residual else y
@@ -244,17 +244,21 @@ def learn(Ws, Ss, k, v, eta, log_keep, log_mom, q, rule, residual, own_target):
     early = rule.delta or q is not None and rule.before and not rule.boundary
     rates, W_new, S_new, h = decays(log_keep, log_mom, early, late), [], [], None if rule.boundary else q
     for i, (W, S, g, x, Wx) in enumerate(zip(Ws, Ss, grads, inputs, Wk)):
-        norm = torch.linalg.vector_norm(x, dim=-1)
-        step = {"proximal": lambda: eta / (1 + eta * norm.square()),     # noqa: B023, called at once
-                "unit": lambda: eta / norm.square().clamp(min=1e-4),
-                "none": lambda: eta.expand_as(norm)}[rule.normal]()
+        gram, square = Gram.apply(x)
+        step = {"proximal": lambda: eta / (1 + eta * square),            # noqa: B023, called at once
+                "unit": lambda: eta / square.clamp(min=1e-4),
+                "none": lambda: eta.expand_as(square)}[rule.normal]()
         scale = step
         if rule.clip:
-            scale = step * (rule.clip / (torch.linalg.vector_norm(g, dim=-1) * norm).clamp(min=rule.clip))
-        W_end, S_end, h = advance(W, S, x, -scale[..., None] * g, step if rule.delta else None, rates, Wx,
-                                  F.silu(h) if i and h is not None else h, not rule.before)
-        W_new.append(W_end)
-        S_new.append(S_end)
+            size = Norm.apply(g) * square.clamp(min=1e-12).sqrt()
+            scale = step * (rule.clip / size.clamp(min=rule.clip))
+        many = W.shape[2] if x.shape[2] < W.shape[2] else 0     # memories that share their input: one wide W
+        args = (W, S, g * -scale[..., None], Wx)
+        W, S, w, Wx = [together(a, axis) for a, axis in zip(args, (3, 3, 4, 4))] if many else args
+        W_end, S_end, h = advance(W, S, x, w, step if rule.delta else None, rates, Wx,
+                                  F.silu(h) if i and h is not None else h, not rule.before, gram)
+        W_new.append(apart(W_end, many, 3))
+        S_new.append(apart(S_end, many, 3))
     if q is not None:
         h = answer(Ws, q, residual) if rule.boundary else (q + h if residual else h)
     return W_new, S_new, h, gate
@@ -280,7 +284,8 @@ class Memory(nn.Module):
         self.remat, self.body = cfg.remat == "chunk", learn
 
     def start(self, B):
-        Ws = [(W if W.dtype == torch.float64 else W.float()).expand(B, *W.shape) for W in self.layers]
+        Ws = [(W if W.dtype == torch.float64 else W.float()).expand(B, *W.shape).contiguous()
+              for W in self.layers]
         return Ws, [None] * len(Ws), None, [0.0, 0]
 
     def recall(self, state, z):
@@ -471,11 +476,13 @@ class Hope(nn.Module):
         if "g" in cfg.adapt:
             self.gates = Memory(cfg, cfg.chunk_self, steady, 2, scalar=True, residual=False)
             self.slow_gates = None
-        bias = torch.tensor([inverse_softplus(cfg.eta), 4.5])           # alpha starts at 0.99
+        # unit: a step of exactly 0 or 2 must be in reach; 1.98 multiplies by -0.98 and fades with length
+        self.hard = cfg.normal == "unit"
+        bias = torch.tensor([cfg.eta if self.hard else inverse_softplus(cfg.eta), 4.5])     # alpha: 0.99
         self.bias = nn.Parameter(bias[:, None, None, None].repeat(1, H, 1, 1))
         self.store = Memory(cfg, cfg.chunk, rule)
         self.open, self.norm, self.out = linear(D, D), RMSNorm(D // H), linear(D, D, cfg.out_std)
-        self.range, self.decay = 2.0 if cfg.normal == "unit" else 0.0, float(cfg.decay)
+        self.decay = float(cfg.decay)
 
     def forward(self, x, state):
         B, T = x.shape[:2]
@@ -507,7 +514,7 @@ class Hope(nn.Module):
                 rows.update(zip(self.names, unit(self.maps.recall(maps, part[:, :, index])).split(1, 2)))
             raw = raw if gates is None else self.gates.recall(gates, rows["g"])[..., 0]
             eta, keep = (r + b for r, b in zip(raw.split(1, 2), self.bias))
-            eta = self.range * torch.sigmoid(eta) if self.range else F.softplus(eta)
+            eta = eta.clamp(0.0, 2.0) if self.hard else F.softplus(eta)
             keep = log_sigmoid(keep) * self.decay
             made.append((rows["q"], rows["k"], rows["v"], eta, keep))
             if maps is not None:

@@ -6,7 +6,8 @@ length, and the reference.
 Config: V 256, D 256, L 4, H 4, T 512, batch 4, CMS 4 x 4, random bytes; a step is forward, backward through
 the writes
 and AdamW.  Time is process time: the cores are shared and a wall clock would count other people's work.  The
-cost against length keeps 4 rows and makes them longer (D 128, L 2).  Cases of a round run one after the other
+cost against length keeps the tokens of a step: fewer rows, longer (D 128, L 2), so that both ends move the same
+memory.  Cases of a round run one after the other
 and ratios are taken within the round (median over rounds).
 
 DIR (or ONEFILE_NESTED_LEARNING): a checkout of github.com/kmccleary3301/nested_learning; needs omegaconf.
@@ -32,7 +33,8 @@ SIZE = dict(width=256, depth=4, heads=4, chunk=64, chunk_self=64)
 CASES = {"hope": dict(variant="hope"), "hope, CMS width 2D": dict(variant="hope", cms_mult=2.0),
          "hope_attention": dict(variant="hope_attention"), "lmm": dict(variant="lmm"),
          "deltanet": dict(variant="deltanet"), "swa": dict(variant="swa"), "full": dict(variant="full")}
-REFERENCE = ("transformer", "hope_attention", "hope_selfmod")
+REFERENCE = dict(transformer=512, hope_attention=512, hope_selfmod=128)     # tokens of a row
+SHORT = "hope, T 128"                               # its self-modifying step takes minutes at 512
 
 
 def stepper(batch=4, T=512, **kw):
@@ -103,7 +105,7 @@ def cases(median, lengths, paired):
                             median(lambda r: r["hope"]), 1000.0, at_least))
     if not paired:
         return found | dict(reference=dict(skipped="no checkout of kmccleary3301/nested_learning named"))
-    for name, ours, theirs, goal in (("selfmod", "hope", "hope_selfmod", 25.0),
+    for name, ours, theirs, goal in (("selfmod", SHORT, "hope_selfmod", 25.0),
                                      ("attention", "hope", "hope_attention", 2.5),
                                      ("transformer", "full", "transformer", 1.0)):
         found[name] = case(f"{ours} over the reference's {theirs}, offline", "tokens a CPU-second",
@@ -124,9 +126,11 @@ def main():
     run.keep_freed_memory()
     lengths = [int(x) for x in args.lengths.split(",")]
     made = {name: stepper(**CASES[name]) for name in args.only.split(";")}
-    by_length = {str(T): stepper(T=T, width=128, depth=2, heads=2, cms_levels=2)[0] for T in lengths}
-    theirs = {f"reference {name}": reference(args.reference, name)
-              for name in REFERENCE} if args.reference else {}
+    made |= {SHORT: stepper(T=128, **CASES["hope"])} if args.reference else {}
+    by_length = {str(T): stepper(2 * max(lengths) // T, T, width=128, depth=2, heads=2, cms_levels=2)[0]
+                 for T in lengths}
+    theirs = {f"reference {name}": reference(args.reference, name, T=T)
+              for name, T in REFERENCE.items()} if args.reference else {}
     steps = {name: step for name, (step, _) in made.items()} | by_length
     measure(steps)                                  # warm-up; the reference's steps are long enough without
     steps |= {name: step for name, (step, _) in theirs.items()}

@@ -4,11 +4,8 @@
 
 covers Titans (rho = 0), HOPE (DGD with momentum), DeltaNet and Gated DeltaNet (m = 0).  Inside a chunk of C
 tokens the write rows w_t are known beforehand, so the recurrence is a few matrix products and one unit
-triangular inverse, exact up to rounding; tests/test_hope_lm.py holds it to the token loop at 1e-10.  Decay
-products stand in log space.
-
-The chunk's backward is written out: autograd's own keeps three times the tensors and passes
-over memory twice as often.
+triangular inverse, exact up to rounding (tests: the token loop, 1e-10); decay products stand in log space.
+The backward is written out: autograd's own keeps and reads several times the memory.
 
 C tokens of a chunk  O, I rows out, in
 """
@@ -20,8 +17,7 @@ import torch.nn.functional as F
 
 
 class Decay(NamedTuple):
-    """Weights of the past in W_t: A of W_0, B of S_0, C of write i (None without momentum:
-    R), R of correction i."""
+    """Weights in W_t: A of W_0, B of S_0, C of write i (None without momentum: R), R of correction i."""
     A: torch.Tensor
     B: torch.Tensor | None
     C: torch.Tensor | None
@@ -29,8 +25,7 @@ class Decay(NamedTuple):
 
 
 class End(NamedTuple):
-    """The same at the chunk's last token, and H, RH: weights of S_0 and of write i in its S
-    (None without momentum)."""
+    """The same at the chunk's last token; H, RH: weights of S_0 and of write i in S (no momentum: None)."""
     A: torch.Tensor
     B: torch.Tensor | None
     C: torch.Tensor | None
@@ -40,26 +35,60 @@ class End(NamedTuple):
 
 
 class SiLU(torch.autograd.Function):
-    """s(z) = z sigmoid(z) and its slope s'(z): a memory's own gradient needs both, and is
-    itself differentiated."""
+    """s(z) = z sigmoid(z) and its slope s'(z): a memory's own gradient needs both and is differentiated."""
 
     @staticmethod
     def forward(ctx, z):
-        gate = torch.sigmoid(z)
-        y = z * gate
-        slope = torch.addcmul(gate, y, 1 - gate)
-        ctx.save_for_backward(z, gate, slope)
+        y, slope = F.silu(z), torch.ops.aten.silu_backward(z.new_ones(()).expand_as(z), z)
+        ctx.save_for_backward(z, y, slope)
         ctx.set_materialize_grads(False)
         return y, slope
 
     @staticmethod
     def backward(ctx, gy, gslope):
-        z, gate, slope = ctx.saved_tensors
+        z, y, slope = ctx.saved_tensors
         grad = gy * slope if gy is not None else torch.zeros_like(z)
-        if gslope is not None:                      # s'' = sigmoid' (2 + z (1 - 2 sigmoid))
-            second = (1 - 2 * gate).mul_(z).add_(2).mul_(gate).mul_(1 - gate)
-            grad.addcmul_(gslope, second)
+        if gslope is not None:                      # s'' = (1 - p)(p + s' - s p), p = sigmoid
+            p = torch.sigmoid(z)
+            second = torch.addcmul(slope, y, p, value=-1).add_(p)
+            grad.addcmul_(p.neg_().add_(1).mul_(gslope), second)
         return grad
+
+
+class Norm(torch.autograd.Function):
+    """|g| of every row, with a backward of one pass; a zero row gets a zero gradient."""
+
+    @staticmethod
+    def forward(ctx, g):
+        norm = torch.linalg.vector_norm(g, dim=-1)
+        ctx.save_for_backward(g, norm)
+        return norm
+
+    @staticmethod
+    def backward(ctx, grad):
+        g, norm = ctx.saved_tensors
+        return g * (grad / norm.clamp(min=torch.finfo(g.dtype).tiny))[..., None]
+
+
+class Gram(torch.autograd.Function):
+    """Rows x [..., C, I] -> x x^T [..., C, C] and its diagonal |x|^2 [..., C]."""
+
+    @staticmethod
+    def forward(ctx, x):
+        gram = x @ x.mT
+        ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
+        return gram, gram.diagonal(dim1=-2, dim2=-1).clone()
+
+    @staticmethod
+    def backward(ctx, grad, gsquare):
+        x, = ctx.saved_tensors
+        if grad is None:
+            return 2 * gsquare[..., None] * x
+        grad = grad + grad.mT
+        if gsquare is not None:
+            grad.diagonal(dim1=-2, dim2=-1).add_(gsquare, alpha=2)
+        return grad @ x
 
 
 class Ratios(torch.autograd.Function):
@@ -67,7 +96,8 @@ class Ratios(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, row, column, diagonal):
-        out = (row[..., :, None] - column[..., None, :]).exp_().tril_(diagonal)
+        hide = row.new_full((row.shape[-1], row.shape[-1]), -torch.inf).triu_(diagonal + 1)
+        out = (row[..., :, None] - column[..., None, :]).add_(hide).exp_()
         ctx.save_for_backward(out)
         return out
 
@@ -80,8 +110,7 @@ class Ratios(torch.autograd.Function):
 def decays(log_keep, log_mom=None, before=True, now=True):
     """Decay products of a chunk in log space: log a_t, log m_t [..., C] -> (Decay at t-1, Decay at t, End).
 
-    A_t = prod a, R_ti = A_t/A_i, H_t = prod m, RH_ti = H_t/H_i, C = R RH, B = R H.  A Decay not asked for is
-    None.
+    A_t = prod a, R_ti = A_t/A_i, H_t = prod m, RH_ti = H_t/H_i, C = R RH, B = R H.  None: not asked for.
     """
     total = log_keep.cumsum(-1)
     if log_mom is not None:
@@ -104,161 +133,178 @@ def into(grad, like):
     return grad if grad is None or like is None or grad.shape == like.shape else grad.sum_to_size(like.shape)
 
 
-def plus(total, a, b):
-    """total + a b, in place where the shapes allow it."""
-    return total.addcmul_(a, b) if total.shape == b.shape else total + a * b
+def acc(total, a, b):
+    """total + a @ b, summed inside the product and in place; total None: a @ b."""
+    if total is None:
+        return a @ b
+    flat = [t.reshape(-1, *t.shape[-2:]) for t in (a, b)]
+    return total.view(-1, *total.shape[-2:]).baddbmm_(*flat).view(total.shape)
 
 
-def look(W, S, x, w, u, z, at, Wz=None):
-    """W_t z_t of every token t, from the chunk's first W, S and its rows -> (out,
-    what the backward needs)."""
-    score = z @ x.mT
-    Wz = z @ W.mT if Wz is None else Wz
-    rows = w + u if u is not None and at.C is None else w
-    seen_w = score * (at.R if at.C is None else at.C)
-    out = (seen_w @ rows).addcmul_(at.A[..., None], Wz)
-    seen_u = Sz = None
-    if u is not None and at.C is not None:
-        seen_u = score * at.R
-        out += seen_u @ u
-    if S is not None:
-        Sz = z @ S.mT
-        out.addcmul_(at.B[..., None], Sz)
-    return out, (score, Wz, Sz, seen_w, seen_u)
+def plus(total, rate, b):
+    """total + rate b, in place where there is a total."""
+    return rate * b if total is None else total.addcmul_(rate, b)
 
 
-def look_back(grad, W, S, x, w, u, z, at, kept, own_Wz=True):
-    """Gradients of look() -> W, S, x, w, u, z, Wz (own_Wz False: it was given), and of the Decay."""
-    score, Wz, Sz, seen_w, seen_u = kept
-    rows = w + u if u is not None and at.C is None else w
-    gA, gWz = (grad * Wz).sum(-1), at.A[..., None] * grad
-    gB = gS = gu = gC = gR = gW = None
-    gM, gw = grad @ rows.mT, seen_w.mT @ grad
-    if at.C is None:
-        gR, gu = gM * score, gw if u is not None else None
-        gM *= at.R
-    else:
-        gC = gM * score
-        gM *= at.C
-    if seen_u is not None:
-        gN, gu = grad @ u.mT, seen_u.mT @ grad
-        gR = gN * score
-        gM.addcmul_(gN, at.R)
-    gz, gx = gM @ x, gM.mT @ z
-    if own_Wz:
-        gz, gW = gz + gWz @ W, gWz.mT @ z
-    if S is not None:
-        gB, gSz = (grad * Sz).sum(-1), at.B[..., None] * grad
-        gz, gS = gz + gSz @ S, gSz.mT @ z
-    return gW, gS, gx, gw, gu, gz, None if own_Wz else gWz, (gA, gB, gC, gR)
-
-
-def add(*terms):
-    """Sum of the terms that are not None; shapes broadcast."""
-    terms = [t for t in terms if t is not None]
-    total = terms[0] if terms else None
-    for t in terms[1:]:
-        total = total + t
-    return total
+def add(a, b):
+    return b if a is None else a if b is None else a + b
 
 
 class Chunk(torch.autograd.Function):
-    """advance() with its backward by hand; inputs may be None and may broadcast over leading axes."""
+    """advance() with its backward by hand; W, S, x, w, q share their leading axes, the rates may broadcast.
+
+    see, past: what row t sees of write i and of correction i, C_ti and R_ti times x_t.x_i or q_t.x_i.
+    """
 
     @staticmethod
-    def forward(ctx, late, W, S, x, w, rho, Wx, q, *rates):
+    def forward(ctx, late, W, S, x, gram, w, rho, Wx, q, *rates):
         ctx.set_materialize_grads(False)
         before, now, end = Decay(*rates[:4]), Decay(*rates[4:8]), End(*rates[8:])
-        u = T = r = first = out = second = None
+        u = T = r = out = first = second = None
         if rho is not None:
-            right, first = look(W, S, x, w, None, x, before, Wx)
-            lower = before.R * first[0] * rho[..., None, :]
+            past = before.R * gram
+            see = past if before.C is None else before.C * gram
+            right = acc(before.A[..., None] * Wx, see, w)
+            if S is not None:
+                acc(right, before.B[..., None] * x, S.mT)
+            lower = past * rho[..., None, :]
             eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
             T = torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True)
             r = T @ right
-            u = r * -rho[..., None]
+            u, first = r * -rho[..., None], (see, past)
         if q is not None:
-            out, second = look(W, S, x, w, u, q, now if late else before)
+            at, score = now if late else before, q @ x.mT
+            past = at.R * score
+            see = past if at.C is None else at.C * score
+            out = acc((at.A[..., None] * q) @ W.mT, see, w)
+            if u is not None:
+                acc(out, past, u)
+            if S is not None:
+                acc(out, at.B[..., None] * q, S.mT)
+            second = score, see, past
         rows = (end.R if end.C is None else end.C)[..., None] * w
         if u is not None:
-            rows = plus(rows, end.R[..., None], u)
-        W_new, S_new = rows.mT @ x, None
-        W_new = plus(W_new, end.A[..., None, None], W)
+            rows.addcmul_(end.R[..., None], u)
+        W_new, S_new = acc(end.A[..., None, None] * W, rows.mT, x), None
         if end.H is not None:
-            S_new = (end.RH[..., None] * w).mT @ x
+            S_new = acc(None if S is None else end.H[..., None, None] * S, (end.RH[..., None] * w).mT, x)
             if S is not None:
                 W_new.addcmul_(end.B[..., None, None], S)
-                S_new.addcmul_(end.H[..., None, None], S)
-        ctx.late, ctx.sizes = late, [None if k is None else len(k) for k in (first, second)]
-        ctx.save_for_backward(W, S, x, w, rho, Wx, q, u, T, r, rows, *rates, *(first or ()), *(second or ()))
+        ctx.late, ctx.sizes = late, (2 * (first is not None), 3 * (second is not None))
+        ctx.save_for_backward(W, S, x, gram, w, rho, Wx, q, u, T, r, rows, *rates, *(first or ()),
+                              *(second or ()))
         return W_new, S_new, out
 
     @staticmethod
     def backward(ctx, gW_new, gS_new, gout):
-        W, S, x, w, rho, Wx, q, u, T, r, rows, *rest = ctx.saved_tensors
+        W, S, x, gram, w, rho, Wx, q, u, T, r, rows, *rest = ctx.saved_tensors
         before, now, end, kept = Decay(*rest[:4]), Decay(*rest[4:8]), End(*rest[8:14]), rest[14:]
-        first, second = kept[:5 if ctx.sizes[0] else 0], kept[5 if ctx.sizes[0] else 0:]
-        gW = gS = gx = gw = gu = gq = grho = gWx = None
-        g_before, g_now, g_end = [None] * 4, [None] * 4, [None] * 6
+        first, second = kept[:ctx.sizes[0]], kept[ctx.sizes[0]:]
+        gW = gS = gx = ggram = gw = gu = gq = grho = gWx = None
+        g_now, g_before, g_end = [None] * 4, [None] * 4, [None] * 6     # of A, B, C, R (, H, RH)
+        dot = lambda a, b: (a * b).sum((-1, -2))    # noqa: E731
         if gW_new is not None:
-            dot = lambda a, b: (a * b).sum((-1, -2))    # noqa: E731
             gW, g_end[0] = end.A[..., None, None] * gW_new, dot(gW_new, W)
             gx, grows = rows @ gW_new, x @ gW_new.mT
             gw = (end.R if end.C is None else end.C)[..., None] * grows
-            along_w = (grows * w).sum(-1)
+            along = (grows * w).sum(-1)
             if u is not None:
                 gu, g_end[3] = end.R[..., None] * grows, (grows * u).sum(-1)
-            if end.C is None:
-                g_end[3] = add(g_end[3], along_w)
-            else:
-                g_end[2] = along_w
+            g_end[2 if end.C is not None else 3] = along if end.C is not None else add(g_end[3], along)
             if S is not None:
                 gS, g_end[1] = end.B[..., None, None] * gW_new, dot(gW_new, S)
         if gS_new is not None:
             grows = x @ gS_new.mT
-            gx = add(gx, (end.RH[..., None] * w) @ gS_new)
-            gw, g_end[5] = add(gw, end.RH[..., None] * grows), (grows * w).sum(-1)
+            gx = acc(gx, end.RH[..., None] * w, gS_new)
+            gw, g_end[5] = plus(gw, end.RH[..., None], grows), (grows * w).sum(-1)
             if S is not None:
-                gS, g_end[4] = add(gS, end.H[..., None, None] * gS_new), (gS_new * S).sum((-1, -2))
+                gS, g_end[4] = plus(gS, end.H[..., None, None], gS_new), dot(gS_new, S)
         if gout is not None:
-            part = look_back(gout, W, S, x, w, u, q, now if ctx.late else before, second)
-            gW, gS, gx, gw, gu, gq = (add(a, b) for a, b in zip((gW, gS, gx, gw, gu, None), part))
-            g_now, g_before = (part[7], g_before) if ctx.late else (g_now, part[7])
-        if rho is not None and gu is not None:  # r = (I + L)^-1 right, L = R * x x^T * rho_i, u = -rho r
-            gright = T.mT @ (gu * -rho[..., None])
-            glow, gram = gright @ r.mT, first[0]        # minus the gradient of L
-            part = look_back(gright, W, S, x, w, None, x, before, first, Wx is None)
-            g_before = [add(a, b) for a, b in zip(g_before, part[7])]
-            g_before[3] = add(g_before[3], glow * gram * -rho[..., None, :])
-            glow *= before.R
-            grho = -(gu * r).sum(-1) - (glow * gram).sum(-2)
-            glow *= rho[..., None, :]
-            gx = add(gx, part[2], part[5]) - (glow + glow.mT) @ x
-            gW, gS, gw, gWx = add(gW, part[0]), add(gS, part[1]), add(gw, part[3]), part[6]
-        grads = [gW, gS, gx, gw, grho, gWx, gq, *g_before, *g_now, *g_end]
-        likes = [W, S, x, w, rho, Wx, q, *before, *now, *end]
+            (at, g_at), (score, see, past) = (now, g_now) if ctx.late else (before, g_before), second
+            gqW = gout @ W
+            gq, g_at[0] = at.A[..., None] * gqW, (gqW * q).sum(-1)
+            gW, gw = acc(gW, gout.mT, at.A[..., None] * q), acc(gw, see.mT, gout)
+            gsee = gout @ w.mT
+            if at.C is None:
+                gpast = gsee if u is None else acc(gsee, gout, u.mT)
+                gscore = gpast * at.R
+            else:
+                gpast = None if u is None else gout @ u.mT
+                g_at[2], gscore = gsee * score, gsee * at.C
+                if u is not None:
+                    gscore.addcmul_(gpast, at.R)
+            if gpast is not None:
+                g_at[3] = gpast.mul_(score)
+            if u is not None:
+                gu = acc(gu, past.mT, gout)
+            gq, gx = acc(gq, gscore, x), acc(gx, gscore.mT, q)
+            if S is not None:
+                gqS = gout @ S
+                g_at[1], gq = (gqS * q).sum(-1), plus(gq, at.B[..., None], gqS)
+                gS = acc(gS, gout.mT, at.B[..., None] * q)
+        if gu is not None:                  # r = (I + past rho)^-1 right, u = -rho r
+            see, past = first
+            gright, grho = T.mT @ (gu * -rho[..., None]), -(gu * r).sum(-1)
+            gpast = gright @ r.mT           # minus the gradient of past rho
+            grho = grho - (gpast * past).sum(-2)
+            gpast.mul_(-rho[..., None, :])
+            gWx, gA = before.A[..., None] * gright, (gright * Wx).sum(-1)
+            gw, gsee = acc(gw, see.mT, gright), gright @ w.mT
+            if before.C is None:
+                gpast.add_(gsee)
+                gR, gC, ggram = gpast * gram, None, gpast.mul_(before.R)
+            else:
+                ggram = (gpast * before.R).addcmul_(gsee, before.C)
+                gR, gC = gpast.mul_(gram), gsee.mul_(gram)
+            gB = None
+            if S is not None:
+                gxS = gright @ S
+                gB, gx = (gxS * x).sum(-1), plus(gx, before.B[..., None], gxS)
+                gS = acc(gS, gright.mT, before.B[..., None] * x)
+            g_before = [add(a, b) for a, b in zip(g_before, (gA, gB, gC, gR))]
+        grads = [gW, gS, gx, ggram, gw, grho, gWx, gq, *g_before, *g_now, *g_end]
+        likes = [W, S, x, gram, w, rho, Wx, q, *before, *now, *end]
         return None, *(into(g, like) for g, like in zip(grads, likes))
 
 
-def advance(W, S, x, w, rho, rates, Wx=None, q=None, late=True):
+def together(x, axis):
+    """M stacked memories [B,H,M,..] as one wide one: M joins the outputs, axis 3 of a W and 4 of rows."""
+    return None if x is None else x.movedim(2, axis - 1).flatten(axis - 1, axis)[:, :, None]
+
+
+def apart(x, M, axis):
+    """together() undone; M 0: as it is."""
+    return x if x is None or not M else x[:, :, 0].unflatten(axis - 1, (M, -1)).movedim(axis - 1, 2)
+
+
+def shared(W, z):
+    """W z of stacked memories [B,H,M,O,I] on rows z [B,H,M or 1,C,I]; one z for all: one product."""
+    if z.shape[2] == W.shape[2]:
+        return z @ W.mT
+    return apart(z @ together(W, 3).mT, W.shape[2], 4).contiguous()
+
+
+def advance(W, S, x, w, rho, rates, Wx=None, q=None, late=True, gram=None):
     """A chunk of writes w x^T and corrections -rho (W x) x^T -> (W [..,O,I], S, out).
 
     W, S: [..., O, I] at the chunk's start (S None: zero, or no momentum); x [..., C, I]; w [..., C, O];
-    rho [..., C] or None; Wx: x W^T where it is known already; rates: decays(...).  out: W_t q_t of every
-    token's own q [..., C, I], after its write (late) or before it; None without q.  The corrections u_t =
-    -rho_t W_{t-1} x_t solve (I + R_{t-1,i} rho_i x_i.x_t) r = A_{t-1} W x + B_{t-1} S x + (C_{t-1} * x x^T)
-    w.
+    rho [..., C] or None; rates: decays(...); Wx, gram: x W^T and x x^T where they are known already.  out:
+    W_t q_t of every token's q [..., C, I], after its write (late) or before it.  The corrections u_t = -rho_t
+    r_t, r = W_{t-1} x_t, solve (I + R_{t-1,i} rho_i x_i.x_t) r = A_{t-1} W x + B_{t-1} S x + (C * x x^T) w.
     """
     before, now, end = rates
-    return Chunk.apply(late, W, S, x, w, rho, Wx, q, *(before or [None] * 4), *(now or [None] * 4), *end)
+    x = x.expand(*W.shape[:-2], *x.shape[-2:])
+    if rho is not None:
+        Wx, gram = x @ W.mT if Wx is None else Wx, Gram.apply(x)[0] if gram is None else gram
+    return Chunk.apply(late, W, S, x, gram, w, rho, Wx, q, *(before or [None] * 4), *(now or [None] * 4),
+                       *end)
 
 
 def chunk_rule(kind, W, S, g, keep, log_mom):
     """Rules without an exact token form, applied once to a chunk's summed step eta g [..., O, I].
 
-    delta_momentum (NL 49)  m <- m (a I - g^T g / |g|^2) - g;   W <- keep W + m
-    dmgd (NL 50)            W <- keep W + m_phi(g), m_phi(g) = -g + s(g) phi^T;  phi <- a phi - d<m_phi(g),
-                            1>/dphi
+    delta_momentum (NL 49)   m <- m (a I - g^T g / |g|^2) - g;   W <- keep W + m
+    dmgd (NL 50)   W <- keep W + m_phi(g), m_phi(g) = -g + s(g) phi^T;  phi <- a phi - d<m_phi(g), 1>/dphi
     """
     a = 0.9 if log_mom is None else log_mom.mean(-1).exp()[..., None, None]
     keep = keep[..., None, None]
