@@ -24,7 +24,8 @@ import streetvision as sv
 from common import run
 from common.street import (ablation, adapters, augment, bundle, conformal, fusion, index, pipeline, probe,
                            scorecard, selfsup, serving, splits, streets, subnet, views)
-from common.classify import binary_metrics, bootstrap
+from common.bootstrap import bootstrap
+from common.classify import binary_metrics
 from common.street.maccal import MaskedHead, mac_cal, retention
 
 ROOT = Path(sv.__file__).parent
