@@ -756,7 +756,7 @@ def train_mae(cfg, ddp=None, source=None):
     start = run.load(out, state, ddp, ranked)
     side, epochs = cfg.size // cfg.mae_fold, cfg.mae_batch * cfg.mae_steps / len(source.labels)
 
-    def export(name, cls_steps):
+    def export(name, step, cls_steps):
         meta = dict(kind="mae", sizes=mae_sizes(cfg), step=step, epochs=round(epochs, 2), cls_steps=cls_steps,
                     ema=cfg.mae_ema, codec=source.codec.meta(), names=source.names, preset=cfg.preset)
         tensors = {**parallel.full_state(ema), **source.codec.state()}
@@ -780,10 +780,9 @@ def train_mae(cfg, ddp=None, source=None):
             run.check_finite(step, loss=loss)
             log("mae", step=step, loss=loss, recon=recon, accuracy=accuracy, lam=lam, lr=lr)
         if cfg.cls_steps and step == cfg.mae_steps - cfg.cls_steps:
-            export("mae_before_cls.safetensors", 0)
-        if step == cfg.mae_steps:
-            export("mae.safetensors", cfg.cls_steps)
+            export("mae_before_cls.safetensors", step, 0)
         run.save_if_due(out, step, cfg.mae_steps, cfg.save_every, state, ddp, ranked)
+    export("mae.safetensors", cfg.mae_steps, cfg.cls_steps)
     log.finish()
     return str(out / "mae.safetensors")
 
@@ -892,9 +891,10 @@ def train(cfg):
                 underflows=bank.by_class.underflows, **drift_stats(infos, batch, cfg))
         if step % cfg.grid_every == 0 or step in (1, cfg.steps):
             sample_grid(cfg, ddp, emas[str(cfg.ema[0])], source, step)
-        if step % cfg.save_every == 0 or step == cfg.steps:
+        if step % cfg.save_every == 0 and step < cfg.steps:
             export(cfg, ddp, emas, source, step)
         run.save_if_due(cfg.out, step, cfg.steps, cfg.save_every, state, ddp, ranked)
+    export(cfg, ddp, emas, source, cfg.steps)       # a finished run makes lost files anew
     log.finish()
     if cfg.then_evaluate and ddp.rank == 0:
         evaluate(cfg)

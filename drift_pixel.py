@@ -760,7 +760,7 @@ def train_mae(cfg, ddp=None, source=None):
     side, epochs = cfg.size // cfg.mae_fold, cfg.mae_batch * cfg.mae_steps / len(source.labels)
     order = data.Order(len(source.labels), cfg.mae_batch, cfg.seed, ddp.rank, ddp.world)
 
-    def export(name, cls_steps):
+    def export(name, step, cls_steps):
         meta = dict(kind="mae", sizes=mae_sizes(cfg), step=step, epochs=round(epochs, 2), cls_steps=cls_steps,
                     ema=cfg.mae_ema, names=source.names, preset=cfg.preset)
         tensors = parallel.full_state(ema)
@@ -785,10 +785,9 @@ def train_mae(cfg, ddp=None, source=None):
             run.check_finite(step, loss=loss)
             log("mae", step=step, loss=loss, recon=recon, accuracy=accuracy, lam=lam, lr=lr)
         if cfg.cls_steps and step == cfg.mae_steps - cfg.cls_steps:
-            export("mae_before_cls.safetensors", 0)
-        if step == cfg.mae_steps:
-            export("mae.safetensors", cfg.cls_steps)
+            export("mae_before_cls.safetensors", step, 0)
         run.save_if_due(out, step, cfg.mae_steps, cfg.save_every, state, ddp, ranked)
+    export("mae.safetensors", cfg.mae_steps, cfg.cls_steps)
     log.finish()
     return str(out / "mae.safetensors")
 
@@ -899,9 +898,10 @@ def train(cfg):
                 underflows=bank.by_class.underflows, **drift_stats(infos, batch, cfg))
         if step % cfg.grid_every == 0 or step in (1, cfg.steps):
             sample_grid(cfg, ddp, emas[str(cfg.ema[0])], step)
-        if step % cfg.save_every == 0 or step == cfg.steps:
+        if step % cfg.save_every == 0 and step < cfg.steps:
             export(cfg, ddp, emas, source, step)
         run.save_if_due(cfg.out, step, cfg.steps, cfg.save_every, state, ddp, ranked)
+    export(cfg, ddp, emas, source, cfg.steps)       # a finished run makes lost files anew
     log.finish()
     if cfg.then_evaluate and ddp.rank == 0:
         evaluate(cfg)
