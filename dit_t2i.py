@@ -1094,7 +1094,7 @@ COMMANDS = dict(
     train=train, sample=sample, evaluate=evaluate, plan=plan, overfit=overfit, shapes=shapes, demo=demo,
     inspect=studio.inspect,
     noise_strip=functools.partial(studio.noise_strip, alpha_bar=alpha_bar, shift=shift),
-    quantise=functools.partial(studio.quantise, DiT=DiT, positions=sincos_2d))
+    quantise=functools.partial(studio.quantise, DiT=DiT, positions=sincos_2d, load=load_model))
 
 if __name__ == "__main__":
     run.main(Config, PRESETS, COMMANDS)
