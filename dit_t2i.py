@@ -1022,7 +1022,7 @@ def sample(cfg):
 
 
 def evaluate(cfg, count=0):
-    """Composition on 2 x --validate test captions: judge on real renders, then pictures, guidance off and on."""
+    """Composition on 2 x --validate test captions: judge on real renders; pictures, guidance off and on."""
     device = run.init(cfg.device).device
     model = load_model(cfg, device)
     if model.family != "own":
