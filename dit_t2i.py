@@ -1021,13 +1021,13 @@ def sample(cfg):
     return studio.sample(cfg, load_model(cfg, device), generate, device)
 
 
-def evaluate(cfg, count=1000):
-    """Composition on the test captions: the judge on real renders, then pictures with guidance off and on."""
+def evaluate(cfg, count=0):
+    """Composition on 2 x --validate test captions: judge on real renders; pictures, guidance off and on."""
     device = run.init(cfg.device).device
     model = load_model(cfg, device)
     if model.family != "own":
         raise run.UserError("evaluate scores a model trained on the scenes; use sample for a public one")
-    real, texts = new_scenes(cfg, count, "test")
+    real, texts = new_scenes(cfg, count := count or 2 * cfg.validate, "test")
     rows, panels = dict(real_renders=scenes.judge_all(real, texts)), {}
     chosen = cfg.cfg if cfg.cfg >= 0 else model.defaults["cfg"]
     for name, scale in (("guidance_off", 1.0), ("guidance_on", chosen)):
@@ -1094,7 +1094,7 @@ COMMANDS = dict(
     train=train, sample=sample, evaluate=evaluate, plan=plan, overfit=overfit, shapes=shapes, demo=demo,
     inspect=studio.inspect,
     noise_strip=functools.partial(studio.noise_strip, alpha_bar=alpha_bar, shift=shift),
-    quantise=functools.partial(studio.quantise, DiT=DiT, positions=sincos_2d))
+    quantise=functools.partial(studio.quantise, DiT=DiT, positions=sincos_2d, load=load_model))
 
 if __name__ == "__main__":
     run.main(Config, PRESETS, COMMANDS)

@@ -594,6 +594,17 @@ def test_int8_takes_less_than_three_tenths_at_real_size(name, make, params):
         assert memory.size_bytes(memory.quantise(net, "int8", skip=memory.KEEP)) < 0.3 * full
 
 
+def test_quantise_measures_a_run_of_this_program(trained, model, capsys):
+    t2i.COMMANDS["quantise"](dataclasses.replace(trained, model=trained.out, quantise="int8"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[:5]] == ["0.9:", "0.7:", "0.5:", "0.3:", "0.1:"]
+    z, texts = torch.randn(4, 4, 8, 8), [PROMPT] * 4
+    assert set(memory.errors(model, model, z, texts).values()) == {(0.0, 0.0)}
+    other = t2i.load_model(dataclasses.replace(trained, quantise="fp8"), torch.device("cpu"))
+    velocity, clean = memory.errors(model, other, z, texts)[0.1]
+    assert 0 < clean < velocity < 0.1
+
+
 def test_an_embedding_in_8_bits_looks_up_the_same_rows_of_a_table_in_8_bits():
     table = torch.nn.Embedding(300, 64)
     ids = torch.tensor([[0, 299], [7, 7]])

@@ -135,6 +135,20 @@ def size_bytes(module):
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
 
+@torch.no_grad()
+def errors(full, small, x0, texts, seed=0, levels=(0.9, 0.7, 0.5, 0.3, 0.1)):
+    """Relative error of a small copy of a model trained here, on clean latents x0 and their captions
+    -> {sigma: (of the velocity, of the denoised latents)}."""
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))
+    conds, found = [m.encode(texts) for m in (full, small)], {}
+    for s in levels:
+        x, t = (1 - s) * x0 + s * noise, torch.full((len(x0),), 1000 * s)
+        a, b = (m.net(x, t, **cond) for m, cond in zip((full, small), conds))
+        wrong = (b - a).norm()
+        found[s] = float(wrong / a.norm()), float(s * wrong / (x - s * a).norm())
+    return found
+
+
 # --- offload -------------------------------------------------------------
 
 

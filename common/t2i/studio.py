@@ -214,10 +214,20 @@ def inspect(cfg):
     print(public.describe(cfg.model))
 
 
-def quantise(cfg, DiT, positions):
-    """Store a public transformer in 8 bits: OUT/transformer-KIND.safetensors; says its size and error."""
+def quantise(cfg, DiT, positions, load):
+    """Store a public transformer in 8 bits: OUT/transformer-KIND.safetensors; says its size and error. For a
+    run of this program: the error of its outputs on 64 validation scenes."""
     if not (cfg.model and cfg.quantise):
         raise UserError("quantise needs --model TRANSFORMER and --quantise int8 or fp8")
+    if Path(cfg.model, "ema.safetensors").is_file():
+        full, less = (load(dataclasses.replace(cfg, quantise=q), torch.device("cpu"))
+                      for q in ("", cfg.quantise))
+        pixels, texts = scenes.scenes(64, cfg.seed + 1, "validation", size=full.size)
+        z = (full.vae.encode(captions.to_images(pixels))[0] - full.vae.shift) * full.vae.scale
+        for sigma, (out, clean) in memory.errors(full, less, z, texts, cfg.seed).items():
+            print(f"sigma {sigma}: velocity {100 * out:.2f} %, denoised latents {100 * clean:.2f} %")
+        print(f"memory {memory.size_bytes(less.model) / memory.size_bytes(full.model):.3f} of fp32")
+        return
     part = Path(cfg.model, "transformer") if Path(cfg.model, "transformer").is_dir() else Path(cfg.model)
     _, net, _ = public.open_transformer(part, DiT, positions, torch.float32)
     before, errors = memory.size_bytes(net), []
