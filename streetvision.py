@@ -231,7 +231,7 @@ LAPTOP = dict(model_size="vitt8", model_image=64, model_hidden=64, model_dropout
               phase4c_hidden=64, phase4c_latent=32)
 PRESETS = {
     "demo": dict(paper="streets that it draws", expect={}, goal=dict(mcc=0.70), set=dict(
-        LAPTOP, scenes=3300, shift_scenes=100, model_image=96, phase4a_epochs=1, phase1_epochs=6)),
+        LAPTOP, scenes=3300, shift_scenes=100, model_image=96, phase4a_epochs=1, phase1_epochs=5)),
     "smoke": dict(paper="-", expect={}, set=dict(
         LAPTOP, scenes=400, shift_scenes=20, source_steps=60, phase1_batch=32, phase1_epochs=14,
         phase4c_epochs=8)),
