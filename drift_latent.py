@@ -864,7 +864,7 @@ def train(cfg):
     if start == 0 and cfg.fill:
         rows = np.random.default_rng([cfg.seed, 3]).permutation(len(source.labels))
         bank.push(0, rows[ddp.rank::ddp.world][:cfg.fill])
-        bank.last = bank.last[:0]
+        bank.last = bank.last[:0]   # with --push 0 labels are drawn from all queues, not from these
     if cfg.compile:
         net, mae.features = torch.compile(net), torch.compile(mae.features)
     group, began, images = (dist.group.WORLD if ddp.world > 1 else None), time.time(), 0
