@@ -1081,6 +1081,7 @@ def ablate(cfg):
         table = cost.table(title, rows)
         (root / "table.json").write_text(json.dumps(rows, indent=1))
         (root / "table.md").write_text(table)
+        cost.curves(root, rows)
     print(table, end="")
 
 

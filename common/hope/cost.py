@@ -1,7 +1,9 @@
-"""Of a hope_lm Config alone: what it refuses and what its run costs; and the table of runs that were."""
+"""Of a hope_lm Config alone: what it refuses and what its run costs; and table and curves of past runs."""
 
+import json
 import statistics
 
+from common import draw
 from common.flags import UserError
 
 
@@ -62,3 +64,15 @@ def table(title, rows):
                      f"{format(statistics.mean(right), '.4f') if right else '-'} | "
                      f"{statistics.mean(r['time_s'] for r in runs):.0f} |")
     return "\n".join(lines) + "\n"
+
+
+def curves(root, arms):
+    """ROOT/curves.png: loss of the training batches of every arm's first seed; the first 5% are left out."""
+    series = {}
+    for arm in arms:
+        log = map(json.loads, (root / arm.replace(" ", "_") / "0" / "log.jsonl").read_text().splitlines())
+        points = {r["step"]: r["bpb"] for r in log if r["kind"] == "train"}     # a resumed step counts once
+        kept = [x for x in points if x >= 0.05 * max(points)]
+        series[arm] = kept, [points[x] for x in kept]
+    draw.save(draw.lines(series, xlabel="optimizer steps", ylabel="bits per byte, training batch"),
+              root / "curves.png")

@@ -84,7 +84,7 @@ class Gram(torch.autograd.Function):
     def backward(ctx, grad, gsquare):
         x, = ctx.saved_tensors
         if grad is None:
-            return 2 * gsquare[..., None] * x
+            return None if gsquare is None else 2 * gsquare[..., None] * x
         grad = grad + grad.mT
         if gsquare is not None:
             grad.diagonal(dim1=-2, dim2=-1).add_(gsquare, alpha=2)
