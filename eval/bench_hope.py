@@ -4,11 +4,10 @@ length, and the reference.
     python -m eval.bench_hope --json bench_hope.json [--rounds 3] [--lengths 256,4096] [--reference DIR]
 
 Config: V 256, D 256, L 4, H 4, T 512, batch 4, CMS 4 x 4, random bytes; a step is forward, backward through
-the writes
-and AdamW.  Time is process time: the cores are shared and a wall clock would count other people's work.  The
-cost against length keeps the tokens of a step: fewer rows, longer (D 128, L 2), so that both ends move the same
-memory.  Cases of a round run one after the other
-and ratios are taken within the round (median over rounds).
+the writes and AdamW.  Time is process time: the cores are shared and a wall clock would count other people's
+work.  The cost against length keeps the tokens of a step: fewer rows, longer (D 128, L 2), so that both ends
+move the same memory.  Cases of a round run one after the other and ratios are taken within the round (median
+over rounds).
 
 DIR (or ONEFILE_NESTED_LEARNING): a checkout of github.com/kmccleary3301/nested_learning; needs omegaconf.
 Its step is that of its training loop, offline: forward, backward, clip, AdamW, teach signal, second forward

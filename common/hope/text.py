@@ -113,7 +113,7 @@ class BPE:
         if not isinstance(merges, list) or not all(
                 isinstance(m, list) and len(m) == 2 and all(type(i) is int and 0 <= i < 256 + n for i in m)
                 for n, m in enumerate(merges)):
-            raise UserError(f"{path} is not a tokenizer written by `tokenizer`: no merges of earlier tokens in it")
+            raise UserError(f"{path} is not a tokenizer written by `tokenizer`: no merges of earlier tokens")
         return cls(merges)
 
     @property

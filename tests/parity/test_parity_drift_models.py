@@ -1,5 +1,5 @@
-"""Generator, MAE and ConvNeXt-V2 against the official JAX code with the same random weights, written as its own
-artifact files, and ConvNeXt-V2 against transformers.
+"""Generator, MAE and ConvNeXt-V2 against the official JAX code with the same random weights, written as its
+own artifact files, and ConvNeXt-V2 against transformers.
 
 The official repository has no licence, so nothing of it is here: the test loads it from the folder in
 ONEFILE_OFFICIAL_DRIFTING, a checkout of github.com/lambertae/drifting at accd0cf, and is skipped without it.
