@@ -378,7 +378,7 @@ def damaged(script, most, seed):
         got = tensors_of(out) if again else want
         other = [n for n in want if got.get(n) != want[n]]
         if other == [str(file)] and file.stem.isdigit() and got.get(str(file)) in (None, "damaged"):
-            other = []                          # weights of an earlier step: gone for good, and readers say so
+            other = []                          # weights of an earlier step: gone, and readers say so
         if not wrong and status == 0 and other:
             wrong = f"WRONG: other weights in {other}"
         if not wrong and status == 0 and not again and last_eval(out) != scores:

@@ -197,7 +197,7 @@ def test_gradcheck_of_one_chunk():
                                                         (False, True, True, True), (True, True, False, True),
                                                         (True, True, True, False)])
 def test_backward_of_a_chunk_is_its_gradient(delta, momentum, again, asked, late):
-    """The backward written out in scan.Chunk against finite differences; two memories share a head's rates."""
+    """The backward written out in scan.Chunk against finite differences; two memories share one rate."""
     g = torch.Generator().manual_seed(0)
     r = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)    # noqa: E731
     W, S, x, w, q = r(2, 3, 4), r(2, 3, 4), r(1, 5, 4), r(2, 5, 3), r(2, 5, 4)

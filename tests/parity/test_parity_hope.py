@@ -170,6 +170,6 @@ def test_hellaswag_and_wikitext_cleaning_equal_the_harness():
     from eval._zeroshot import detokenize, hellaswag_text
     for s in (" [header] A man [title] cooks.  Then [step] rests. ", "plain", "[a][b] x"):
         assert hellaswag_text(s) == preprocess(s)
-    page = (" = = Title = = \n The cat 's hat , 1 @,@ 000 @-@ fold ; it ( he said ) was \" fine \" . [ 1 ] N \n "
-            "3 @.@ 5 ! ? : ok s ' x ")
+    page = (" = = Title = = \n The cat 's hat , 1 @,@ 000 @-@ fold ; it ( he said ) was \" fine \" . [ 1 ] N "
+            "\n 3 @.@ 5 ! ? : ok s ' x ")
     assert detokenize(page) == wikitext_detokenizer(dict(page=page))
