@@ -711,8 +711,7 @@ def ema_update(ema, net, decay):
 
 
 def adamw(net, lr, wd):
-    cpu = next(net.parameters()).device.type == "cpu"       # there PyTorch takes the slow form by itself
-    return torch.optim.AdamW(net.parameters(), lr, (0.9, 0.95), 1e-8, wd, fused=True if cpu else None)
+    return torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=wd)
 
 
 def mae_sizes(cfg):
