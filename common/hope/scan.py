@@ -295,7 +295,8 @@ def advance(W, S, x, w, rho, rates, Wx=None, q=None, late=True, gram=None):
     before, now, end = rates
     x = x.expand(*W.shape[:-2], *x.shape[-2:])
     if rho is not None:
-        Wx, gram = x @ W.mT if Wx is None else Wx, Gram.apply(x)[0] if gram is None else gram
+        Wx = x @ W.mT if Wx is None else Wx
+        gram = (Gram.apply(x)[0] if gram is None else gram).expand(*x.shape[:-1], x.shape[-2])
     return Chunk.apply(late, W, S, x, gram, w, rho, Wx, q, *(before or [None] * 4), *(now or [None] * 4),
                        *end)
 
