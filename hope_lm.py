@@ -252,7 +252,8 @@ def learn(Ws, Ss, k, v, eta, log_keep, log_mom, q, rule, residual, own_target):
         if rule.clip:
             size = Norm.apply(g) * square.clamp(min=1e-12).sqrt()
             scale = step * (rule.clip / size.clamp(min=rule.clip))
-        many = W.shape[2] if x.shape[2] < W.shape[2] else 0     # memories that share their input: one wide W
+        # memories that share input and step are one wide W; the surprise gate gives each its own step
+        many = W.shape[2] if x.shape[2] < W.shape[2] and step.shape[2] < W.shape[2] else 0
         args = (W, S, g * -scale[..., None], Wx)
         W, S, w, Wx = [together(a, axis) for a, axis in zip(args, (3, 3, 4, 4))] if many else args
         W_end, S_end, h = advance(W, S, x, w, step if rule.delta else None, rates, Wx,

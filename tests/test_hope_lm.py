@@ -489,7 +489,7 @@ def test_outer_clock_moves_levels_at_their_period_by_the_summed_gradient():
 
 # --- presets, plan ------------------------------------------------------------------------------------------
 
-SIZES = dict(smoke=93_228, parity=19_746, tiny=4_000_000, cms_sparse=58_428_944, pilot=160_000_000,
+SIZES = dict(smoke=93_228, parity=17_698, tiny=4_000_000, cms_sparse=58_428_944, pilot=160_000_000,
              mid=760_000_000, target=1_300_000_000)
 
 

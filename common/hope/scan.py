@@ -292,12 +292,12 @@ def advance(W, S, x, w, rho, rates, Wx=None, q=None, late=True, gram=None):
     W_t q_t of every token's q [..., C, I], after its write (late) or before it.  The corrections u_t = -rho_t
     r_t, r = W_{t-1} x_t, solve (I + R_{t-1,i} rho_i x_i.x_t) r = A_{t-1} W x + B_{t-1} S x + (C * x x^T) w.
     """
-    before, now, end = rates
+    before, now, end = (r or [None] * 4 for r in rates)
     x = x.expand(*W.shape[:-2], *x.shape[-2:])
     if rho is not None:
-        Wx, gram = x @ W.mT if Wx is None else Wx, Gram.apply(x)[0] if gram is None else gram
-    return Chunk.apply(late, W, S, x, gram, w, rho, Wx, q, *(before or [None] * 4), *(now or [None] * 4),
-                       *end)
+        Wx = x @ W.mT if Wx is None else Wx
+        gram = (Gram.apply(x)[0] if gram is None else gram).expand(*x.shape[:-1], x.shape[-2])
+    return Chunk.apply(late, W, S, x, gram, w, rho, Wx, q, *before, *now, *end)
 
 
 def chunk_rule(kind, W, S, g, keep, log_mom):
