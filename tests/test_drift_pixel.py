@@ -445,8 +445,9 @@ def test_step_equals_the_slow_reference():
 
 def test_label_micro_batches_equal_the_full_batch():
     cfg = config(channels=3, size=32, patch=8, features="abcdn")
-    full = gradients(cfg, fixed_batch(cfg))
-    parts = gradients(dataclasses.replace(cfg, micro=3), fixed_batch(cfg))
+    b = fixed_batch(cfg, seed=1)        # at seed 0 one ReLU is within 1e-6 of its kink: rounding decides
+    full = gradients(cfg, b)
+    parts = gradients(dataclasses.replace(cfg, micro=3), b)
     assert float(parts[0]) == pytest.approx(float(full[0]), rel=1e-5)
     compare(parts[2], full[2], 1e-4)  # batches of another size sum in another order
 

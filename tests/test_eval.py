@@ -743,7 +743,7 @@ def test_status_names_what_is_missing(tmp_path, capsys):
     root = write_project(tmp_path / "p")
     run = write_run(root / "runs" / "drift_toy" / "demo", preset="demo")
     (run / "ckpt" / "00000030").mkdir(parents=True)
-    meta = dict(files={"net.safetensors": dict(sha256="0")})
+    meta = dict(step=30, world=1, files={"net.safetensors": dict(sha256="0")})
     (run / "ckpt" / "00000030" / "meta.json").write_text(json.dumps(meta))
     status.main(["--root", str(root), "--json", "--verify"])
     toy, = json.loads(capsys.readouterr().out)
