@@ -66,8 +66,13 @@ class QEmbedding(nn.Module):
         return cls(*pack(table.weight.detach(), kind), table.weight.dtype)
 
     def forward(self, ids):
-        rows = (t if t is None else t[ids.flatten()] for t in (self.q, self.scale, self.base))
+        rows = (t if t is None else rows_of(t, ids.flatten()) for t in (self.q, self.scale, self.base))
         return unpack(*rows, self.dtype).view(*ids.shape, -1)
+
+
+def rows_of(table, ids):
+    """table[ids]; 8-bit numbers as bytes, because older torch cannot index float8 on a CPU."""
+    return table.view(torch.uint8)[ids].view(table.dtype) if table.itemsize == 1 else table[ids]
 
 
 def pack(weight, kind):
