@@ -105,8 +105,9 @@ def scale_of(groups, top):
 
 
 def unit(scale, base):
-    """What one step of q is worth."""
-    return base * torch.exp2(scale.float() / -STEPS)
+    """What one step of q is worth. From a table: exp2 may differ in its last bit with the place of a number
+    in a tensor, and a row looked up must equal that row of the whole."""
+    return base * torch.exp2(torch.arange(256, device=scale.device) / -STEPS)[scale.long()]
 
 
 def unpack(q, scale, base, dtype):
