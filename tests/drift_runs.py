@@ -1,4 +1,4 @@
-"""What the tests of the two drifting scripts share: tiny pictures, comparisons, runs as commands, their files.
+"""What the tests of the drifting scripts share: tiny pictures, comparisons, runs as commands and their files.
 """
 
 import dataclasses
@@ -107,16 +107,6 @@ def flags(cfg, *leave):
         else:
             words += [name, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     return words
-
-
-def command(name, *words, cwd=ROOT, check=None, ranks=0, **env):
-    """python NAME WORDS..., under torchrun with ranks > 0 -> the finished process; check: its exit status."""
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks else []
-    done = subprocess.run([sys.executable, *torchrun, name, *map(str, words)], cwd=cwd, text=True,
-                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, timeout=300)
-    if check is not None:
-        assert done.returncode == check, done.stderr[-2000:]
-    return done
 
 
 def kill_after_three_steps(name, words, out, steps):

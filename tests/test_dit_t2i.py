@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from forked import two_ranks
 from safetensors.torch import load_file, save_file
 
 import dit_t2i as t2i
@@ -1310,7 +1311,7 @@ def test_two_sharded_ranks_resume_bit_for_bit(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    torch.multiprocessing.spawn(_fsdp_rank, (port, str(tmp_path)), nprocs=2)
+    two_ranks(_fsdp_rank, port, str(tmp_path))
     a, b = (load_file(tmp_path / name / "ema.safetensors") for name in ("straight", "stopped"))
     assert len(a) > 50 and all(torch.equal(a[k], b[k]) for k in a)
     # whole tensors, no shards

@@ -8,15 +8,17 @@ import json
 import pathlib
 import random
 import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from drift_runs import (ONE, ROOT, check_files_and_scores, command, compare, conditions, flags, forget,
-                        generated, gradients_of, inventory, kill_after_three_steps, newest, opened, same,
-                        slow_total, tiny_images, weights)
+from drift_runs import (ONE, ROOT, check_files_and_scores, compare, conditions, flags, forget, generated,
+                        gradients_of, inventory, kill_after_three_steps, newest, opened, same, slow_total,
+                        tiny_images, weights)
+from forked import command, two_ranks
 
 import drift_latent as dl
 from common import run
@@ -562,8 +564,7 @@ def test_two_ranks_equal_one_on_the_same_batch(tmp_path, micro):
     whole = fixed_batch(cfg)
     # as many labels at once as a rank has: convolutions of other batches round otherwise, a law of its own
     loss, infos, grads = gradients(dataclasses.replace(cfg, micro=micro or 2), whole)
-    torch.multiprocessing.spawn(_two_ranks, (str(tmp_path / "store"), cfg, whole, str(tmp_path / "out")),
-                                nprocs=2)
+    two_ranks(_two_ranks, str(tmp_path / "store"), cfg, whole, str(tmp_path / "out"))
     two = torch.load(tmp_path / "out", weights_only=True)
     assert float(two["loss"]) == pytest.approx(float(loss), rel=1e-5)
     assert all(float(two["m"][k]) == pytest.approx(float(infos[k]["m"]), rel=1e-5) for k in infos)
@@ -623,7 +624,7 @@ def test_stopping_the_encoder_is_bit_exact_too(images, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-def test_two_processes_under_torchrun_train_and_resume(images, straight, how, tmp_path):
+def test_two_processes_train_and_resume(images, straight, how, tmp_path):
     """Encoder and generator, whole on each rank or cut over both; the second call continues the first."""
     cfg = dataclasses.replace(straight, out=str(tmp_path / "two"), then_evaluate=False, steps=2, shard=how,
                               save_every=1)
@@ -654,7 +655,9 @@ def test_sampling_reads_its_shapes_from_the_weights_and_refuses_others(straight,
 def test_the_script_and_common_alone_are_a_working_copy(tmp_path):
     shutil.copy(ROOT / "drift_latent.py", tmp_path)
     shutil.copytree(ROOT / "common", tmp_path / "common")
-    plan = json.loads(script("plan", "--preset", "table8_l2", "--json", cwd=tmp_path, check=0).stdout)
+    done = subprocess.run([sys.executable, "drift_latent.py", "plan", "--preset", "table8_l2", "--json"],
+                          cwd=tmp_path, capture_output=True, text=True, check=True)
+    plan = json.loads(done.stdout)
     assert plan["params"] == 462_909_456 and plan["preset"] == "table8_l2" and plan["steps"] == 200_000
     # drift.md 9.2: 5.4e15 multiply-adds a step, two FLOP each; 86.4 GMAC the generator
     assert plan["flops_per_step"] == pytest.approx(2 * 5.4e15, rel=0.02)

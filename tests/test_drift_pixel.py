@@ -7,15 +7,17 @@ import json
 import pathlib
 import re
 import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from drift_runs import (ONE, ROOT, check_files_and_scores, command, compare, conditions, flags, forget,
-                        generated, gradients_of, inventory, kill_after_three_steps, newest, opened, rows_of,
-                        same, slow_total, tiny_images, weights)
+from drift_runs import (ONE, ROOT, check_files_and_scores, compare, conditions, flags, forget, generated,
+                        gradients_of, inventory, kill_after_three_steps, newest, opened, rows_of, same,
+                        slow_total, tiny_images, weights)
+from forked import command, two_ranks
 from safetensors.torch import save_file
 from test_imagenet import archives  # noqa: F401  a fixture: small ILSVRC2012 archives of the real nesting
 
@@ -447,8 +449,7 @@ def test_two_ranks_equal_one_on_the_same_batch(tmp_path, how, micro):
     values = dp.mae_backward(mae, *mae_batch(), 0.1, one, ONE)
     mae_grads = {n: p.grad.clone() for n, p in mae.named_parameters()}
     norm = torch.nn.utils.clip_grad_norm_(mae.parameters(), 2.0)
-    torch.multiprocessing.spawn(_two_ranks, (str(tmp_path / "store"), cfg, whole, str(tmp_path / "out"), how),
-                                nprocs=2)
+    two_ranks(_two_ranks, str(tmp_path / "store"), cfg, whole, str(tmp_path / "out"), how)
     two = torch.load(tmp_path / "out", weights_only=True)
     assert float(two["loss"]) == pytest.approx(float(loss), rel=1e-5)
     assert all(float(two["m"][k]) == pytest.approx(float(infos[k]["m"]), rel=1e-5) for k in infos)
@@ -613,7 +614,9 @@ def test_sampling_reads_its_shapes_from_the_weights_and_refuses_others(straight,
 def test_the_script_and_common_alone_are_a_working_copy(tmp_path):
     shutil.copy(ROOT / "drift_pixel.py", tmp_path)
     shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
-    plan = json.loads(script("plan", "--preset", "fashion", "--json", cwd=tmp_path, check=0).stdout)
+    done = subprocess.run([sys.executable, "drift_pixel.py", "plan", "--preset", "fashion", "--json"],
+                          cwd=tmp_path, capture_output=True, text=True, check=True)
+    plan = json.loads(done.stdout)
     assert plan["preset"] == "fashion" and plan["script"] == "drift_pixel.py" and plan["feature_keys"] == 36
 
 
