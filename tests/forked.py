@@ -21,10 +21,10 @@ def two_ranks(function, *args):
     torch.multiprocessing.start_processes(_rank, (function, args), nprocs=2, start_method="fork")
 
 
-def command(name, *words, check=None, ranks=0, timeout=300):
+def command(name, *words, check=None, ranks=0, cwd=ROOT, timeout=300):
     """`python NAME WORDS...` in the checkout -> returncode, stdout, stderr; ranks: as torchrun starts them.
 
-    One thread each.  check: the exit status to assert.
+    One thread each.  check: the exit status to assert; cwd: where it stands, the script is the checkout's.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -36,7 +36,7 @@ def command(name, *words, check=None, ranks=0, timeout=300):
             if not pids[-1]:
                 world = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1",
                              MASTER_PORT=port) if ranks else {}
-                _become([name, *map(str, words)], {k: str(v) for k, v in world.items()}, out, err)
+                _become([name, *map(str, words)], {k: str(v) for k, v in world.items()}, cwd, out, err)
         status = [_wait(pid, time.time() + timeout) for pid in pids]
         texts = [file.seek(0) or file.read().decode(errors="replace") for file in (out, err)]
     done = types.SimpleNamespace(returncode=max(status, key=abs), stdout=texts[0], stderr=texts[1])
@@ -50,18 +50,18 @@ def _rank(rank, function, args):
     function(rank, *args)
 
 
-def _become(argv, world, out, err):
+def _become(argv, world, cwd, out, err):
     """This forked process runs the script as __main__ and ends; it never returns into the tests."""
     status = 1
     try:
         atexit._clear()
         os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
         sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
-        os.chdir(ROOT)
+        os.chdir(cwd)
         os.environ.update(world)
-        sys.argv = argv
+        sys.argv = [str(ROOT / argv[0]), *argv[1:]]
         torch.set_num_threads(1)        # OpenMP's threads did not come along
-        runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
+        runpy.run_path(sys.argv[0], run_name="__main__")
         status = 0
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
