@@ -62,7 +62,7 @@ def summary(meta, base, memorized):
     if memorized:
         m = meta["memorize"]
         oracle = ", ORACLE: the right answer was memorised" if m["oracle"] else ""
-        events = json.dumps(rounded(run.plain(m["events"])))
+        events = json.dumps({part: {k: round(n) for k, n in e.items()} for part, e in m["events"].items()})
         lines += ["## Memory", "", f"paths {m['paths']}, threshold {m['threshold']}, "
                   f"steps {m['steps']}{oracle}; events {events}", ""]
     risks = ("Small models score near chance on the zero-shot tasks; intervals are 95% Wilson; prompts "

@@ -47,8 +47,8 @@ def needles(scorer, lengths, depths, samples, essay, generate):
     wording of a variant and its answer has no score."""
     grid, count = [], lambda t: len(scorer.bpe.encode(t))
     for variant, length in bar([(v, n) for v in RULER for n in lengths], "ruler"):
-        items = [ruler_prompt(variant, length, depth, rng(7, i, length), count, essay)
-                 for depth in depths for i in range(samples)]
+        items = [ruler_prompt(variant, length, depth, rng(7, i, length, round(1000 * depth)), count, essay)
+                 for depth in depths for i in range(samples)]       # no two cells of a row ask the same
         if not all(item["fits"] for item in items):
             grid.append(dict(variant=variant, length=length, n=0, score=None,
                              why="the wording alone is longer"))

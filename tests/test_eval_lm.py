@@ -141,13 +141,14 @@ def test_context_gain_is_zero_beyond_what_a_window_can_see():
     rows = torch.randint(1, 200, (6, 257), generator=torch.Generator().manual_seed(0)).numpy()
     data = h.Task("parity", 0)
     data.validation = lambda T: rows
-    net = small(variant="swa", window=16, depth=2, cms_levels=0).double()
+    net = small(variant="swa", window=16, depth=2, persistent=0).double()   # persistent keys know positions
     with torch.no_grad():                           # attention that matters
         net.embed.mul_(50)
     other = small(variant="full").double()
     found = by_position(net, data, 256, other)
     assert found["rows"] == 6 and list(found["gain"]) == ["32", "64", "128"]
-    assert found["gain"]["32"]["mean"] < 1e-12 > found["gain"]["64"]["mean"]    # two layers of 16: 31 tokens
+    assert all(abs(g["mean"]) < 1e-6 for g in found["gain"].values())   # two layers of 16 see 31 tokens;
+    # rotary angles are float32
     full, theirs = losses(net, torch.from_numpy(rows)), losses(other, torch.from_numpy(rows))
     assert abs(found["loss"]["64-128"]["mean"] - float(full[:, 64:128].mean())) < 1e-12
     gap = (theirs - full)[:, 128:].mean(1)
@@ -217,9 +218,9 @@ def recalled_with_base_weights_kept(net, data):
     return found["gain"]
 
 
-@pytest.mark.parametrize("variant,steps", [("lmm", 200), ("hope", 120)])
-def test_memorising_raises_the_right_value(variant, steps):
-    gain = recalled_with_base_weights_kept(*recall_net(variant, steps))
+@pytest.mark.parametrize("variant,steps,chunk", [("lmm", 200, 16), ("hope", 120, 32)])
+def test_memorising_raises_the_right_value(variant, steps, chunk):
+    gain = recalled_with_base_weights_kept(*recall_net(variant, steps, chunk=chunk, chunk_self=chunk))
     assert gain["mean"] > 0.1 and gain["mean"] > 5 * gain["se"]
 
 
@@ -271,13 +272,15 @@ def test_class_incremental_matrix_memorises_between_tasks_and_keeps_base_weights
 
 def test_the_whole_suite_writes_a_bundle_and_memorising_leaves_the_base_scores(tmp_path, monkeypatch, capsys):
     (tmp_path / "story.txt").write_text("once there was a fox who read a book about a dog. " * 200)
+    (tmp_path / "intents.jsonl").write_text("".join(json.dumps(dict(label=f"l{i % 3}", text=f"t{i}")) + "\n"
+                                                    for i in range(9)))
     h.train(h.Config(width=16, heads=2, depth=1, chunk=32, chunk_self=32, cms_levels=2, length=64, batch=2,
                      steps=2, eval_rows=2, data=str(tmp_path / "story.txt"), device="cpu",
                      out=str(tmp_path / "run")))
     found = {}
     for name, more in (("plain", ()), ("memorised", ("--memorize",))):
-        argv = ["eval.lm", str(tmp_path / "run"), "--out", str(tmp_path / name), "--lengths", "512,640",
-                "--samples", "1", "--depths", "2", "--continual-steps", "1", *more]
+        argv = ["eval.lm", str(tmp_path / "run"), "--out", str(tmp_path / name), "--lengths", "512",
+                "--samples", "1", "--depths", "1", "--continual-steps", "1", "--tasks", str(tmp_path), *more]
         monkeypatch.setattr("sys.argv", argv)
         lm.main()
         found[name] = json.loads((tmp_path / name / "metrics.json").read_text())
