@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import draw, run
-from common.t2i import captions, memory, pictures, public, scenes, shards, studio
+from common.t2i import captions, memory, pictures, public, rounding, scenes, shards, studio
 from common.files import write_atomic
 from common.run import opt
 from common.t2i.captions import Words, to_images, to_pixels
@@ -879,10 +879,9 @@ def load_model(cfg, device):
         public_vae = cfg.vae or old.vae
         vae = AutoencoderKL.load(public_vae) if public_vae else TinyVAE.load(path / "vae.safetensors")
         net, vae = (m.to(device).eval().requires_grad_(False) for m in (net, vae))
-        if cfg.quantise:
-            memory.quantise(net, cfg.quantise, skip=memory.KEEP)
-        return Trained(net, vae, words, Process(old.schedule, old.prediction, old.zero_snr), old.size,
-                       meta.get("guidance", 2.0))
+        model = Trained(net, vae, words, Process(old.schedule, old.prediction, old.zero_snr), old.size,
+                        meta.get("guidance", 2.0))
+        return rounding.quantise(model, cfg.quantise) if cfg.quantise else model
     if not cfg.model:
         raise run.UserError(f"no weights in {path}; train first, or name a model with --model")
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[cfg.dtype]

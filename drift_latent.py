@@ -711,7 +711,8 @@ def ema_update(ema, net, decay):
 
 
 def adamw(net, lr, wd):
-    return torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=wd)
+    return torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=wd,
+                             fused=True)
 
 
 def mae_sizes(cfg):

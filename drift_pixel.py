@@ -714,7 +714,8 @@ def ema_update(ema, net, decay):  # twin: drift_latent.ema_update
 
 
 def adamw(net, lr, wd):  # twin: drift_latent.adamw
-    return torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=wd)
+    return torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=wd,
+                             fused=True)
 
 
 def mae_sizes(cfg):  # twin: drift_latent.mae_sizes

@@ -202,10 +202,8 @@ class _DriftLoss(torch.autograd.Function):
 def _targets(gen_RGC, pos_RPC, unc_RUC, center_R1C, rows, buffer):
     """[gen, unc, pos] of some rows less the mean sample: no distance moves, float32 keeps its digits."""
     y_RTC = buffer[:rows.stop - rows.start]
-    parts = gen_RGC, unc_RUC, pos_RPC
-    for part, out in zip(parts, y_RTC.split([v.shape[1] for v in parts], 1)):
-        torch.sub(part[rows], center_R1C[rows], out=out)
-    return y_RTC
+    torch.cat([part[rows].to(y_RTC.dtype) for part in (gen_RGC, unc_RUC, pos_RPC)], 1, out=y_RTC)
+    return y_RTC.sub_(center_R1C[rows])
 
 
 def _geometry(y_RTC, g, narrow):

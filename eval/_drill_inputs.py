@@ -35,22 +35,32 @@ class Input:
             path.write_bytes(data)
 
     def read(self, strict=False):
-        different = (
-            lambda value: self.reader.checked and strict and str(value) != self.sound and "other content"
-        )  # noqa: E731
+        def different(value):
+            return self.reader.checked and strict and str(value) != self.sound and "other content"
         outcome = judged(lambda: self.reader.read(self.folder), self.reader.says, different)
         if (self.folder / "UNPICKLED").exists() or Path("UNPICKLED").exists():
             outcome = "WRONG: a pickle was executed"
         return outcome
 
 
+def count(work, cases, name):
+    """work(i) of every case in a child of its own -> {refused, read, failed, failures}; failures are said."""
+    counts, failures = dict(refused=0, read=0), []
+    for i, outcome in guarded(work, 0, len(cases)):
+        if bad(outcome):
+            failures.append(f"{cases[i]}: {outcome}")
+        else:
+            counts[outcome.split(":")[0]] += 1
+    print(f"{name}: {counts}, {len(failures)} failed", *failures[:5], sep="\n    ", flush=True)
+    return dict(counts, failed=len(failures), failures=failures[:10])
+
+
 def hostile(names, n, seed):
-    """{reader: {fuzzed, hostile, refused, read, failures}}: n mutated inputs each, then the crafted ones."""
+    """{reader: {fuzzed, crafted, refused, read, ...}}: n mutated inputs each, then the crafted ones."""
     found = {}
     for name in names:
         with place() as folder:
-            one = Input(name, folder)
-            crafted = HOSTILE[name]()
+            one, crafted = Input(name, folder), HOSTILE[name]()
             originals = [one.kept[path] for path in one.files]
 
             def work(i):
@@ -63,17 +73,8 @@ def hostile(names, n, seed):
                     one.files[k].write_bytes(mutate(originals[k], rng))
                 return one.read()
 
-            counts, failures = dict(refused=0, read=0), []
-            for i, outcome in guarded(work, 0, n + len(crafted)):
-                case = f"fuzz {i}" if i < n else f"crafted: {list(crafted)[i - n]}"
-                if bad(outcome):
-                    failures.append(f"{case}: {outcome}")
-                else:
-                    counts[outcome.split(":")[0]] += 1
-        found[name] = dict(
-            fuzzed=n, crafted=len(crafted), **counts, failed=len(failures), failures=failures[:10]
-        )
-        print(f"hostile {name}: {counts}, {len(failures)} failed", *failures[:5], sep="\n    ", flush=True)
+            cases = [*(f"fuzz {i}" for i in range(n)), *(f"crafted: {title}" for title in crafted)]
+            found[name] = dict(fuzzed=n, crafted=len(crafted), **count(work, cases, f"hostile {name}"))
     return found
 
 
@@ -83,12 +84,8 @@ def damage(names, rounds, seed):
     for name in names:
         with place() as folder:
             one = Input(name, folder)
-            cases = [
-                (k, kind, r)
-                for r in range(rounds)
-                for k in range(len(one.files))
-                for kind in ("flip", "truncate", "delete")
-            ]
+            cases = [(k, kind, r) for r in range(rounds) for k in range(len(one.files))
+                     for kind in ("flip", "truncate", "delete")]
 
             def work(i):
                 one.restore()
@@ -96,13 +93,5 @@ def damage(names, rounds, seed):
                 harm(one.files[k], kind, rng_of(seed, name, k, kind, r))
                 return one.read(strict=True)
 
-            counts, failures = dict(refused=0, read=0), []
-            for i, outcome in guarded(work, 0, len(cases)):
-                if bad(outcome):
-                    failures.append(f"{cases[i]}: {outcome}")
-                else:
-                    counts[outcome.split(":")[0]] += 1
-        found[name] = dict(cases=len(cases), **counts, failed=len(failures), failures=failures[:10])
-        if failures:
-            print(f"damage {name}: {counts}, {len(failures)} failed", *failures[:5], sep="\n    ", flush=True)
+            found[name] = dict(cases=len(cases), **count(work, cases, f"damage {name}"))
     return found

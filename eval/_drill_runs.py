@@ -20,6 +20,7 @@ import traceback
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from common.ckpt import verify
 from common.run import UserError, load_weights
@@ -27,117 +28,27 @@ from eval._drill_worker import harm, rng_of
 from eval._shared import ROOT, as_flags, load, read_log
 
 TIMEOUT_S = 300
-DRIFT = dict(
-    preset="smoke",
-    patch=2,
-    width=16,
-    depth=1,
-    heads=2,
-    classes=4,
-    context=2,
-    style_tables=2,
-    style_codes=4,
-    mae_width=16,
-    mae_blocks=(1, 2, 1, 1),
-    mae_groups=4,
-    mae_fold=1,
-    mask_cell=1,
-    mae_steps=4,
-    mae_batch=8,
-    mae_warmup=2,
-    mae_ema=0.5,
-    cls_steps=2,
-    cls_warmup=1,
-    labels=4,
-    gen=3,
-    pos=3,
-    unc=2,
-    push=8,
-    fill=16,
-    bank=6,
-    bank_unc=10,
-    lr=1e-3,
-    warmup=2,
-    steps=6,
-    ema=(0.5, 0.9),
-    save_every=2,
-    keep_every=2,
-    grid_every=100,
-    log_every=1,
-    count=8,
-    alphas=(1.0,),
-    judge_epochs=1,
-    then_evaluate=False,
-)
 # The smallest run of each script that still writes everything; DATA stands for what `inputs` makes.
+DRIFT = dict(
+    preset="smoke", data="DATA", fit="crop", width=16, heads=2, classes=4, context=2, style_tables=2,
+    style_codes=4, mae_width=16, mae_blocks=(1, 2, 1, 1), mae_groups=4, mask_cell=1, mae_steps=4, mae_batch=8,
+    mae_warmup=2, mae_ema=0.5, cls_steps=2, cls_warmup=1, labels=4, gen=3, pos=3, unc=2, push=8, fill=16,
+    bank=6, bank_unc=10, lr=1e-3, warmup=2, steps=6, ema=(0.5, 0.9), save_every=2, keep_every=2,
+    grid_every=100, log_every=1, count=8, alphas=(1.0,), judge_epochs=1, then_evaluate=False)
 TINY = {
     "drift_toy": dict(preset="smoke", steps=12, save_every=3, pictures=False, count=64),
-    "drift_latent": dict(
-        DRIFT,
-        image_size=16,
-        colors=1,
-        fit="crop",
-        codec="pca",
-        size=8,
-        channels=4,
-        mae_crop=False,
-        data="DATA",
-    ),
-    "drift_pixel": dict(
-        DRIFT, size=16, channels=1, fit="crop", augment="none", patch=4, depth=2, mae_fold=2, data="DATA"
-    ),
-    "dit_t2i": dict(
-        preset="smoke",
-        train_steps=6,
-        vae_steps=4,
-        pool=32,
-        width=16,
-        depth=1,
-        text_depth=1,
-        vae_width=8,
-        vae_batch=4,
-        batch=4,
-        warmup=2,
-        eval_every=6,
-        sample_steps=2,
-        save_every=2,
-    ),
-    "hope_lm": dict(
-        preset="smoke",
-        width=16,
-        heads=2,
-        depth=1,
-        length=16,
-        batch=4,
-        chunk=8,
-        chunk_self=8,
-        steps=8,
-        eval_every=4,
-        eval_rows=2,
-        save_every=2,
-        log_every=1,
-        data="DATA",
-    ),
-    "beta_vae_arc": dict(
-        preset="smoke", width=16, prior_width=16, prior_depth=1, bf16=False, steps=30, batch=8, n=400,
-        warmup=2
-    ),
-    "streetvision": dict(
-        preset="smoke",
-        scenes=40,
-        size=64,
-        shift_scenes=3,
-        source_steps=3,
-        phase4a_epochs=1,
-        phase4a_batch=16,
-        phase1_epochs=2,
-        phase1_batch=64,
-        phase4c_epochs=1,
-        phase2_n_thresholds=101,
-        eval_resamples=60,
-        eval_windows=20,
-    ),
-}
+    "drift_latent": dict(DRIFT, image_size=16, colors=1, codec="pca", size=8, channels=4, patch=2, depth=1,
+                         mae_fold=1, mae_crop=False),
+    "drift_pixel": dict(DRIFT, size=16, channels=1, augment="none", patch=4, depth=2, mae_fold=2),
+    "dit_t2i": dict(preset="smoke", train_steps=6, vae_steps=4, pool=32, width=16, depth=1, text_depth=1,
+                    vae_width=8, vae_batch=4, batch=4, warmup=2, eval_every=6, sample_steps=2, save_every=2),
+    "hope_lm": dict(preset="smoke", data="DATA", width=16, heads=2, depth=1, length=16, batch=4, chunk=8,
+                    chunk_self=8, steps=8, eval_every=4, eval_rows=2, save_every=2, log_every=1),
+    "beta_vae_arc": dict(preset="smoke", width=16, prior_width=16, prior_depth=1, bf16=False, steps=30,
+                         batch=8, n=400, warmup=2),
+    "streetvision": dict(preset="smoke", scenes=40, size=64, shift_scenes=3, source_steps=3, phase4a_epochs=1,
+                         phase4a_batch=16, phase1_epochs=2, phase1_batch=64, phase4c_epochs=1,
+                         phase2_n_thresholds=101, eval_resamples=60, eval_windows=20)}
 TRAIN = {"streetvision": "run"}  # where it is not called train
 
 
@@ -147,17 +58,11 @@ def inputs(folder):
     rng, label = np.random.default_rng(0), np.arange(96) % 4
     x = 40 * label[:, None, None] + rng.uniform(0, 60, (96, 16, 16))
     x = x.clip(0, 255).astype(np.uint8)
-    np.savez(
-        folder / "tiny.npz",
-        train_images=x[:64],
-        train_labels=label[:64],
-        test_images=x[64:],
-        test_labels=label[64:],
-    )
+    np.savez(folder / "tiny.npz", train_images=x[:64], train_labels=label[:64], test_images=x[64:],
+             test_labels=label[64:])
     (folder / "story.txt").write_text("once there was a fox who read a book about a dog. " * 60)
-    return dict(
-        drift_latent=folder / "tiny.npz", drift_pixel=folder / "tiny.npz", hope_lm=folder / "story.txt"
-    )
+    return dict(drift_latent=folder / "tiny.npz", drift_pixel=folder / "tiny.npz",
+                hope_lm=folder / "story.txt")
 
 
 class Script:
@@ -170,9 +75,8 @@ class Script:
         tiny = {k: v for k, v in dict(TINY[name], device="cpu").items() if k in fields}
         if tiny.get("data"):
             tiny["data"] = str(data[name])
-        self.flags = as_flags(
-            {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in tiny.items()}
-        )
+        self.flags = as_flags({k: ",".join(map(str, v)) if isinstance(v, tuple) else v
+                               for k, v in tiny.items()})
         self.train = TRAIN.get(name, "train")
 
     def log_of(self, out):
@@ -199,13 +103,8 @@ class Script:
             os.dup2(log, 2)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
             if ranks > 1:
-                os.environ.update(
-                    RANK=str(rank),
-                    LOCAL_RANK=str(rank),
-                    WORLD_SIZE=str(ranks),
-                    MASTER_ADDR="127.0.0.1",
-                    MASTER_PORT=str(port),
-                )
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
+                                  MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             sys.argv = [self.path.name, command, *self.flags, "--out", str(out)]
             runpy.run_path(str(self.path), run_name="__main__")
             status = 0
@@ -277,21 +176,18 @@ def tensors_of(out):
         digest = hashlib.sha256()
         for name in sorted(tensors):
             digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
-            digest.update(
-                tensors[name].contiguous().view(-1).view(dtype=__import__("torch").uint8).numpy().tobytes()
-            )
+            digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         found[str(path.relative_to(out))] = digest.hexdigest()
     return found
 
 
 def last_eval(out):
     """The numbers of the last line that evaluation wrote, but for times and speeds."""
-    rows = [
-        r
-        for r in read_log(Path(out) / "log.jsonl")[0]
-        if str(r.get("kind")).startswith(("eval", "score", "test"))
-    ]
-    keep = lambda k: not any(word in k for word in ("time", "_s", "_ms", "mem", "date"))  # noqa: E731
+    rows = [r for r in read_log(Path(out) / "log.jsonl")[0]
+            if str(r.get("kind")).startswith(("eval", "score", "test"))]
+
+    def keep(key):
+        return not any(word in key for word in ("time", "_s", "_ms", "mem", "date"))
     return json.dumps({k: v for k, v in rows[-1].items() if keep(k)}, sort_keys=True) if rows else None
 
 
@@ -332,18 +228,11 @@ def killed(script, kills, ranks, seed):
         got = tensors_of(out)
         if polite(status, said, ok=(0,)) or got != want:
             wrong = [n for n in want if got.get(n) != want[n]]
-            failures.append(
-                f"killed at {moments[-3:]} s: {polite(status, said, ok=(0,)) or f'other bits in {wrong}'}"
-            )
+            what = polite(status, said, ok=(0,)) or f"other bits in {wrong}"
+            failures.append(f"killed at {moments[-3:]} s: {what}")
         shutil.rmtree(out, ignore_errors=True)
-    return dict(
-        ranks=ranks,
-        kills=done,
-        already_finished=late,
-        undisturbed_s=round(length, 2),
-        failed=len(failures),
-        failures=failures[:10],
-    )
+    return dict(ranks=ranks, kills=done, already_finished=late, undisturbed_s=round(length, 2),
+                failed=len(failures), failures=failures[:10])
 
 
 # --- (b) damaged -----------------------------------------------------------------------
@@ -355,15 +244,11 @@ def damaged(script, most, seed):
     for command in (script.train, "evaluate"):
         status, said = script.run(whole, command)
         if status:
-            return dict(
-                cases=0, failed=1, failures=[f"{command} of an undamaged run: status {status}: {said[-300:]}"]
-            )
+            failure = f"{command} of an undamaged run: status {status}: {said[-300:]}"
+            return dict(cases=0, failed=1, failures=[failure])
     want, scores = tensors_of(whole), last_eval(whole)
-    files = [
-        p.relative_to(whole)
-        for p in sorted(whole.rglob("*"))
-        if p.is_file() and "data" not in p.parts and p.name != ".lock"
-    ]
+    files = [p.relative_to(whole) for p in sorted(whole.rglob("*"))
+             if p.is_file() and "data" not in p.parts and p.name != ".lock"]
     cases = [(f, kind, n % 2) for n, f in enumerate(files) for kind in ("flip", "truncate", "delete")]
     cases = [cases[i] for i in sorted(rng_of(seed, script.name).permutation(len(cases))[:most])]
     counts, failures = dict(recovered=0, refused=0), []
@@ -400,9 +285,8 @@ def full_disk(script, seed):
         return dict(skipped="mounting a small disk needs root")
     disk = script.folder / "disk"
     disk.mkdir()
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=768m", "tmpfs", str(disk)], capture_output=True, text=True
-    )
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=768m", "tmpfs", str(disk)],
+                           capture_output=True, text=True)
     if mount.returncode:
         return dict(skipped=f"mount: {mount.stderr.strip()}")
     try:
@@ -429,11 +313,8 @@ def full_disk(script, seed):
             os.kill(pids[0], signal.SIGCONT)
         status = wait(pids)
         said = script.log_of(out).read_text(errors="replace")
-        broken = [
-            f"{c.name}: {bad[0]}"
-            for c in sorted(out.rglob("ckpt/*"))
-            if c.name.isdigit() and (bad := verify(c))
-        ]
+        broken = [f"{c.name}: {bad[0]}" for c in sorted(out.rglob("ckpt/*"))
+                  if c.name.isdigit() and (bad := verify(c))]
         (disk / "filler").unlink()
         again, word = script.run(out)
         same = tensors_of(out) == tensors_of(script.folder / "roomy")
@@ -443,9 +324,8 @@ def full_disk(script, seed):
     failures += [] if status == 2 else [f"status {status} on a full disk: {said[-300:]}"]
     failures += [p] if (p := polite(status, said)) else []
     failures += [] if "pace" in said and "free" in said else [f"the message names no way out: {said[-200:]}"]
-    failures += (
-        [] if again == 0 and same else [f"with space again: status {again}, same bits {same}: {word[-200:]}"]
-    )
+    if again or not same:
+        failures.append(f"with space again: status {again}, same bits {same}: {word[-200:]}")
     return dict(said=said.strip()[-250:], failed=len(failures), failures=failures)
 
 
@@ -463,11 +343,8 @@ def twice(script, seed):
     with contextlib.suppress(ProcessLookupError):
         os.kill(first[0], signal.SIGCONT)
     status = wait(first)
-    failures = (
-        []
-        if second == 2 and "in use by another process" in said
-        else [f"second: status {second}: {said[-300:]}"]
-    )
+    refused = second == 2 and "in use by another process" in said
+    failures = [] if refused else [f"second: status {second}: {said[-300:]}"]
     same = tensors_of(out) == tensors_of(script.folder / "alone")
     failures += [] if status == 0 and same else [f"first: status {status}, same bits {same}"]
     return dict(said=said.strip()[-250:], failed=len(failures), failures=failures)

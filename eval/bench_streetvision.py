@@ -27,6 +27,7 @@ import streetvision as sv
 from common import images, run
 from common.files import write_atomic
 from common.street import augment, scorecard, streets, testreport
+from eval import _torchvision
 
 
 def paired(ours, theirs, rounds, warmup=2):
@@ -51,26 +52,9 @@ def case(what, goal, agree, ours, theirs):
                 theirs_s=statistics.median(theirs))
 
 
-def lenient_torchvision():
-    """Import torchvision's Python code although its operators may have been built for another torch."""
-    real = torch.library.register_fake
-
-    def present_only(op, *args, **kwargs):
-        space, _, name = str(op).partition("::")
-        if space == "torchvision" and not hasattr(torch.ops.torchvision, name):
-            return lambda function: function
-        return real(op, *args, **kwargs)
-    torch.library.register_fake = present_only
-    try:
-        from torchvision.transforms import v2
-    finally:
-        torch.library.register_fake = real
-    return v2
-
-
 def bench_vit(args):
     """The same ViT-B/16 in both libraries: forward pass and training step."""
-    lenient_torchvision()
+    _torchvision.lenient()
     import transformers as hf
     torch.manual_seed(0)
     theirs = hf.DINOv3ViTModel(hf.DINOv3ViTConfig(
@@ -106,8 +90,9 @@ def bench_vit(args):
 
 def bench_trivial(args, count=48):
     """Decode and TrivialAugmentWide: the same JPEGs and the same draws on both sides."""
-    v2 = lenient_torchvision()
+    _torchvision.lenient()
     from PIL import Image
+    from torchvision.transforms import v2
     peer = v2.TrivialAugmentWide()
     for name, size in (("trivial_small", (160, 160)), ("trivial_large", (1280, 960))):
         files = []

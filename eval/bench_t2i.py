@@ -21,14 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from eval import _torchvision
+
 PROMPT, NEGATIVE, STEPS, SCALE = "a lighthouse at dusk, oil on canvas", "blurry", 8, 5.0
-
-
-def quiet_torchvision():
-    """torchvision built for another torch has no operators; importing diffusers must not fail on that."""
-    register = torch.library.register_fake
-    torch.library.register_fake = lambda name, *args, **kw: (
-        (lambda f: f) if str(name).startswith("torchvision::") else register(name, *args, **kw))
 
 
 def small_t5(folder):
@@ -49,7 +44,7 @@ def small_t5(folder):
 
 def write_pipeline(folder, small, with_t5=False):
     """A StableDiffusion3Pipeline with random weights, with or without T5 (both sides then use zeros)."""
-    quiet_torchvision()
+    _torchvision.lenient()
     import diffusers
     import transformers
 
@@ -90,7 +85,7 @@ def ours(folder, size):
 
 
 def theirs(folder, size):
-    quiet_torchvision()
+    _torchvision.lenient()
     import diffusers
     import transformers  # noqa: F401
 

@@ -3,31 +3,30 @@
 
 import base64
 import dataclasses
+import functools
 import json
-import os
 import pathlib
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from drift_runs import (ONE, ROOT, check_files_and_scores, compare, conditions, flags, forget, generated,
+                        gradients_of, inventory, kill_after_three_steps, newest, opened, same, slow_total,
+                        tiny_images, weights)
+from forked import command, two_ranks
 
 import drift_latent as dl
 from common import run
 from common.drift import codec, flax_msgpack, jax_release
-from common.kernels import drift_loss_reference
 from common.drift.queues import Bank
 from common.run import Ranks, UserError
 
-ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = json.loads((ROOT / "tests" / "golden_drift_latent.json").read_text())
-ONE = Ranks(0, 1, torch.device("cpu"))
 MICRO = dict(preset="smoke", data="", image_size=16, colors=1, fit="crop", codec="pca", size=8, channels=4,
              patch=2, width=16, depth=1, heads=2, classes=4, context=2, style_tables=2, style_codes=4,
              mae_width=16, mae_blocks=(1, 2, 1, 1), mae_groups=4, mae_fold=1, mae_crop=False, mask_cell=1,
@@ -36,37 +35,13 @@ MICRO = dict(preset="smoke", data="", image_size=16, colors=1, fit="crop", codec
              save_every=2, keep_every=2, grid_every=100, log_every=1, count=8, alphas=(1.0,), judge_epochs=1)
 
 
-def inventory(mae, size, channels, sets="abcd"):
-    """[(key, vectors F, channels C)] of one image, found on the meta device without computing anything."""
-    feats = mae.to("meta").features(torch.empty(1, channels, size, size, device="meta"), sets)
-    return [(key, f.shape[1], f.shape[2]) for key, f in feats.items()]
-
-
 def config(**changes):
     return dl.Config(**{**MICRO, **changes})
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """64 + 32 tiny images of four classes that differ in mean and slope, as an .npz."""
-    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("data") / "tiny.npz"
-    label = np.arange(96) % 4
-    ramp = np.linspace(0, 1, 16)[None, :, None]
-    x = 40 * label[:, None, None] + 60 * ramp * (label % 2)[:, None, None]
-    x = x + rng.uniform(0, 60, (96, 16, 16))
-    x = x.clip(0, 255).astype(np.uint8)
-    np.savez(path, train_images=x[:64], train_labels=label[:64], test_images=x[64:], test_labels=label[64:])
-    return str(path)
-
-
-def opened(net, seed=0):
-    """Random values in every zero-initialised Linear, so that all of the network acts."""
-    gen = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in net.named_parameters():
-            if not p.any():
-                p.copy_(torch.randn(p.shape, generator=gen) * (0.02 if p.ndim == 1 else p.shape[1] ** -0.5))
-    return net
+    return tiny_images(tmp_path_factory.mktemp("data"))
 
 
 def tiny_generator(**changes):
@@ -480,11 +455,8 @@ def test_queues_draw_the_same_from_the_same_seed_and_after_a_reload():
 
 def fixed_batch(cfg, seed=0):
     g = torch.Generator().manual_seed(seed)
-    shape, N = (cfg.channels, cfg.size, cfg.size), cfg.labels
-    return dict(label=torch.arange(N) % cfg.classes, alpha=torch.linspace(1, 3, N),
-                eps=torch.randn(N, cfg.gen, *shape, generator=g),
-                style=torch.randint(cfg.style_codes, (N, cfg.gen, cfg.style_tables), generator=g),
-                pos=torch.randn(N, cfg.pos, *shape, generator=g) + 0.5,
+    fixed, shape, N = conditions(cfg, g), (cfg.channels, cfg.size, cfg.size), cfg.labels
+    return dict(fixed, pos=torch.randn(N, cfg.pos, *shape, generator=g) + 0.5,
                 unc=torch.randn(N, cfg.unc, *shape, generator=g))
 
 
@@ -498,13 +470,7 @@ def step_models(cfg):
 def gradients(cfg, b, ddp=ONE, group=None, wrap=lambda net: net):
     net, mae = step_models(cfg)
     loss, infos = dl.drift_backward(wrap(net), mae, b, cfg, ddp, group)
-    return loss, infos, {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
-
-
-def compare(a, b, tolerance):
-    assert a.keys() == b.keys()
-    scale = max(g.abs().max() for g in b.values())
-    assert max((a[n] - b[n]).abs().max() for n in b) <= tolerance * scale
+    return loss, infos, gradients_of(net)
 
 
 def test_step_equals_the_slow_reference():
@@ -515,24 +481,14 @@ def test_step_equals_the_slow_reference():
     b = fixed_batch(cfg)
     loss, _, grads = gradients(cfg, b)
     net, mae = step_models(cfg)
-    G = cfg.gen
-    fake = mae.features(net(b["label"].repeat_interleave(G), b["alpha"].repeat_interleave(G),
-                            b["eps"].flatten(0, 1), b["style"].flatten(0, 1)))
-    total = 0
-    for key, f in fake.items():
-        rows = []
-        for i in range(cfg.labels):
-            with torch.no_grad():
-                pos, unc = mae.features(b["pos"][i])[key], mae.features(b["unc"][i])[key]
-            rows += [(f[i * G:(i + 1) * G, at], pos[:, at], unc[:, at],
-                      (b["alpha"][i] - 1) * (G - 1) / cfg.unc)
-                     for at in range(f.shape[1])]
-        g, p, u, w = (torch.stack([torch.as_tensor(r[k]) for r in rows]) for k in range(4))
-        total = total + drift_loss_reference(g, p, u, w, cfg.taus, cfg.floor).mean()
+    fake = mae.features(generated(net, b, cfg.gen))
+    with torch.no_grad():
+        pos, unc = ([mae.features(x) for x in b[kind]] for kind in ("pos", "unc"))
+    total = slow_total(fake, pos, unc, b["alpha"], cfg)
     total.backward()
     assert float(loss) == pytest.approx(total.item(), rel=1e-4)
     # float32; near-duplicate rows lose digits in the reference's uncentred distances
-    compare(grads, {n: p.grad for n, p in net.named_parameters() if p.grad is not None}, 2e-3)
+    compare(grads, gradients_of(net), 2e-3)
 
 
 @pytest.mark.parametrize("micro", [1, 3])
@@ -608,8 +564,7 @@ def test_two_ranks_equal_one_on_the_same_batch(tmp_path, micro):
     whole = fixed_batch(cfg)
     # as many labels at once as a rank has: convolutions of other batches round otherwise, a law of its own
     loss, infos, grads = gradients(dataclasses.replace(cfg, micro=micro or 2), whole)
-    torch.multiprocessing.spawn(_two_ranks, (str(tmp_path / "store"), cfg, whole, str(tmp_path / "out")),
-                                nprocs=2)
+    two_ranks(_two_ranks, str(tmp_path / "store"), cfg, whole, str(tmp_path / "out"))
     two = torch.load(tmp_path / "out", weights_only=True)
     assert float(two["loss"]) == pytest.approx(float(loss), rel=1e-5)
     assert all(float(two["m"][k]) == pytest.approx(float(infos[k]["m"]), rel=1e-5) for k in infos)
@@ -619,41 +574,7 @@ def test_two_ranks_equal_one_on_the_same_batch(tmp_path, micro):
 # --- runs --------------------------------------------------------------------
 
 
-def script(*words, cwd=ROOT, check=None, **env):
-    done = subprocess.run([sys.executable, "drift_latent.py", *map(str, words)], cwd=cwd, capture_output=True,
-                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, timeout=120)
-    if check is not None:
-        assert done.returncode == check, done.stderr[-2000:]
-    return done
-
-
-def flags(cfg, *leave):
-    """A Config as command-line words."""
-    words = []
-    for f in dataclasses.fields(cfg):
-        value = getattr(cfg, f.name)
-        if f.name in ("words", *leave) or value == "":
-            continue
-        name = "--" + f.name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(name if value else "--no-" + name[2:])
-        else:
-            words += [name, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-    return words
-
-
-def weights(out):
-    return {p.name: run.load_weights(p)[0] for p in pathlib.Path(out).glob("ema*.safetensors")}
-
-
-def last_bank(out):
-    newest = sorted(pathlib.Path(out, "ckpt").iterdir())[-1]
-    return {k: (newest / k).read_bytes() for k in ("bank.rank0.safetensors", "bank.rank0.json",
-                                                   "net.safetensors", "optim.safetensors")}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[f][k], b[f][k]) for f in a for k in a[f])
+script = functools.partial(command, "drift_latent.py")
 
 
 @pytest.fixture(scope="module")
@@ -666,50 +587,31 @@ def straight(images, tmp_path_factory):
 
 
 def test_a_run_leaves_what_the_style_promises(straight):
-    out = pathlib.Path(straight.out)
-    for name in ("config.json", "drift_latent.py", "log.jsonl", "RUN.md", "ema.safetensors",
-                 "ema_0.9.safetensors", "samples/00000006.png", "mae/mae.safetensors",
-                 "mae/mae_before_cls.safetensors", "weights/00000006.safetensors", "ckpt/00000006/meta.json"):
-        assert (out / name).exists(), name
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    train = [r for r in rows if r["kind"] == "train"]
-    assert [r["step"] for r in train] == [1, 2, 3, 4, 5, 6]
+    train = check_files_and_scores(straight.out, "drift_latent.py")
     for key in ("loss", "grad_norm", "lr", "img_s", "m", "lam", "alpha_mean", "w_mean", "gamma_mean",
                 "underflows", "floored"):
         assert key in train[-1]
-    scored = [r for r in rows if r["kind"] == "eval"][-1]
-    assert {"accuracy", "fd", "floor_fd", "precision", "recall", "judge_accuracy"} <= set(scored)
 
 
 def test_resume_is_bit_exact_queues_included(straight, images, tmp_path):
     cfg = dataclasses.replace(straight, out=str(tmp_path / "r"), then_evaluate=False,
                               mae=straight.out + "/mae/mae.safetensors")
     dl.train(cfg)
-    whole = weights(cfg.out), last_bank(cfg.out)
-    shutil.rmtree(pathlib.Path(cfg.out) / "ckpt" / "00000006")
-    for name in weights(cfg.out):
-        (pathlib.Path(cfg.out) / name).unlink()
+    whole = weights(cfg.out), newest(cfg.out)
+    forget(cfg.out, 6)
     dl.train(cfg)
-    assert same(weights(cfg.out), whole[0]) and last_bank(cfg.out) == whole[1]
+    assert same(weights(cfg.out), whole[0]) and newest(cfg.out) == whole[1]
 
 
 def test_sigkill_and_the_same_command_again_give_the_same_bits(straight, images, tmp_path):
     cfg = dataclasses.replace(straight, out=str(tmp_path / "k"), then_evaluate=False, steps=40, save_every=1,
                               mae=straight.out + "/mae/mae.safetensors")
     words = flags(cfg, "out")
-    child = subprocess.Popen([sys.executable, "drift_latent.py", "train", *words, "--out", cfg.out], cwd=ROOT,
-                             env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    began = time.time()
-    while not list(pathlib.Path(cfg.out).glob("ckpt/0000000[3-9]")) and time.time() - began < 60:
-        time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    steps = sorted(p.name for p in pathlib.Path(cfg.out, "ckpt").glob("0*") if p.name.isdigit())
-    assert steps and int(steps[-1]) < 40
+    kill_after_three_steps("drift_latent.py", words, cfg.out, cfg.steps)
     script("train", *words, "--out", cfg.out, check=0)
     script("train", *words, "--out", tmp_path / "whole", check=0)
     assert same(weights(cfg.out), weights(tmp_path / "whole"))
-    assert last_bank(cfg.out) == last_bank(tmp_path / "whole")
+    assert newest(cfg.out) == newest(tmp_path / "whole")
 
 
 def test_stopping_the_encoder_is_bit_exact_too(images, tmp_path):
@@ -722,25 +624,17 @@ def test_stopping_the_encoder_is_bit_exact_too(images, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-def test_two_processes_under_torchrun_train_and_resume(images, straight, how, tmp_path):
+def test_two_processes_train_and_resume(images, straight, how, tmp_path):
     """Encoder and generator, whole on each rank or cut over both; the second call continues the first."""
     cfg = dataclasses.replace(straight, out=str(tmp_path / "two"), then_evaluate=False, steps=2, shard=how,
                               save_every=1)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-               "drift_latent.py", "train", *flags(cfg)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    newest = tmp_path / "two" / "ckpt" / "00000002"
-    banks = [(newest / f"bank.rank{r}.safetensors").read_bytes() for r in (0, 1)]
-    assert banks[0] != banks[1] and (newest / "net.rank1.safetensors").exists() == (how == "fsdp2")
+    script("train", *flags(cfg), ranks=2, check=0)
+    ckpt = tmp_path / "two" / "ckpt" / "00000002"
+    banks = [(ckpt / f"bank.rank{r}.safetensors").read_bytes() for r in (0, 1)]
+    assert banks[0] != banks[1] and (ckpt / "net.rank1.safetensors").exists() == (how == "fsdp2")
     whole = weights(cfg.out)
-    shutil.rmtree(newest)                                       # nothing is left of step 2 but its weights
-    for name in whole:
-        (tmp_path / "two" / name).unlink()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+    forget(cfg.out, 2)                                          # nothing is left of step 2
+    script("train", *flags(cfg), ranks=2, check=0)
     assert same(weights(cfg.out), whole)
 
 
@@ -761,7 +655,9 @@ def test_sampling_reads_its_shapes_from_the_weights_and_refuses_others(straight,
 def test_the_script_and_common_alone_are_a_working_copy(tmp_path):
     shutil.copy(ROOT / "drift_latent.py", tmp_path)
     shutil.copytree(ROOT / "common", tmp_path / "common")
-    plan = json.loads(script("plan", "--preset", "table8_l2", "--json", cwd=tmp_path, check=0).stdout)
+    done = subprocess.run([sys.executable, "drift_latent.py", "plan", "--preset", "table8_l2", "--json"],
+                          cwd=tmp_path, capture_output=True, text=True, check=True)
+    plan = json.loads(done.stdout)
     assert plan["params"] == 462_909_456 and plan["preset"] == "table8_l2" and plan["steps"] == 200_000
     # drift.md 9.2: 5.4e15 multiply-adds a step, two FLOP each; 86.4 GMAC the generator
     assert plan["flops_per_step"] == pytest.approx(2 * 5.4e15, rel=0.02)

@@ -2,20 +2,22 @@
 
 import ast
 import dataclasses
+import functools
 import json
-import os
 import pathlib
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from drift_runs import (ONE, ROOT, check_files_and_scores, compare, conditions, flags, forget, generated,
+                        gradients_of, inventory, kill_after_three_steps, newest, opened, rows_of, same,
+                        slow_total, tiny_images, weights)
+from forked import command, two_ranks
 from safetensors.torch import save_file
 from test_imagenet import archives  # noqa: F401  a fixture: small ILSVRC2012 archives of the real nesting
 
@@ -24,11 +26,8 @@ from common import imagenet, run
 from common.drift import jax_release, parallel
 from common.drift.convnext import GRN, ConvNeXt
 from common.drift.queues import Bank, Pixels
-from common.kernels import drift_loss_reference
 from common.run import Ranks, UserError
 
-ROOT = pathlib.Path(__file__).parents[1]
-ONE = Ranks(0, 1, torch.device("cpu"))
 MICRO = dict(preset="smoke", data="", size=16, channels=1, fit="crop", augment="none", patch=4, width=16,
              depth=2, heads=2, classes=4, context=2, style_tables=2, style_codes=4, mae_width=16,
              mae_blocks=(1, 2, 1, 1), mae_groups=4, mae_fold=2, mask_cell=1, mae_steps=3, mae_batch=8,
@@ -37,36 +36,13 @@ MICRO = dict(preset="smoke", data="", size=16, channels=1, fit="crop", augment="
              keep_every=2, grid_every=100, log_every=1, count=8, alphas=(1.0,), judge_epochs=1)
 
 
-def inventory(mae, size, channels, sets="abcd"):
-    """[(key, vectors F, channels C)] of one image, found on the meta device without computing anything."""
-    feats = mae.to("meta").features(torch.empty(1, channels, size, size, device="meta"), sets)
-    return [(key, f.shape[1], f.shape[2]) for key, f in feats.items()]
-
-
 def config(**changes):
     return dp.Config(**{**MICRO, **changes})
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """64 + 32 tiny images of four classes that differ in mean and slope, as an .npz."""
-    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("data") / "tiny.npz"
-    label = np.arange(96) % 4
-    ramp = np.linspace(0, 1, 16)[None, :, None]
-    x = 40 * label[:, None, None] + 60 * ramp * (label % 2)[:, None, None] + rng.uniform(0, 60, (96, 16, 16))
-    x = x.clip(0, 255).astype(np.uint8)
-    np.savez(path, train_images=x[:64], train_labels=label[:64], test_images=x[64:], test_labels=label[64:])
-    return str(path)
-
-
-def opened(net, seed=0):
-    """Random values in every zero-initialised parameter, so that all of the network acts."""
-    gen = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in net.parameters():
-            if not p.any():
-                p.copy_(torch.randn(p.shape, generator=gen) * (0.02 if p.ndim == 1 else p.shape[1] ** -0.5))
-    return net
+    return tiny_images(tmp_path_factory.mktemp("data"))
 
 
 def small_convnext(side=64):
@@ -390,11 +366,8 @@ def test_training_batches_are_the_crops_that_ids_name(photos):
 
 def fixed_batch(cfg, seed=0):
     g = torch.Generator().manual_seed(seed)
-    shape, N = (cfg.channels, cfg.size, cfg.size), cfg.labels
-    return dict(label=torch.arange(N) % cfg.classes, alpha=torch.linspace(1, 3, N),
-                eps=torch.randn(N, cfg.gen, *shape, generator=g),
-                style=torch.randint(cfg.style_codes, (N, cfg.gen, cfg.style_tables), generator=g),
-                pos=torch.randint(256, (N, cfg.pos, *shape), generator=g, dtype=torch.uint8),
+    fixed, shape, N = conditions(cfg, g), (cfg.channels, cfg.size, cfg.size), cfg.labels
+    return dict(fixed, pos=torch.randint(256, (N, cfg.pos, *shape), generator=g, dtype=torch.uint8),
                 unc=torch.randint(256, (N, cfg.unc, *shape), generator=g, dtype=torch.uint8))
 
 
@@ -412,35 +385,21 @@ def gradients(cfg, b, ddp=ONE, group=None, how="ddp"):
     return loss, infos, {n: parallel.full(p.grad) for n, p in net.named_parameters() if p.grad is not None}
 
 
-def compare(a, b, tolerance):
-    assert a.keys() == b.keys()
-    scale = max(g.abs().max() for g in b.values())
-    assert max((a[n] - b[n]).abs().max() for n in b) <= tolerance * scale
-
-
 def test_step_equals_the_slow_reference():
     """Key by key, label by label, autograd through the ten-line loss."""
     cfg = config(channels=3, size=32, patch=8, features="abcdn")
     b = fixed_batch(cfg)
     loss, _, grads = gradients(cfg, b)
     net, encoder = step_models(cfg)
-    G = cfg.gen
-    fake = encoder.features(net(b["label"].repeat_interleave(G), b["alpha"].repeat_interleave(G),
-                                b["eps"].flatten(0, 1), b["style"].flatten(0, 1)), cfg.features)
+    fake = encoder.features(generated(net, b, cfg.gen), cfg.features)
     with torch.no_grad():
-        pos = [encoder.features(dp.to_float(x), cfg.features) for x in b["pos"]]
-        unc = [encoder.features(dp.to_float(x), cfg.features) for x in b["unc"]]
-    total = 0
-    for key, f in fake.items():
-        rows = [(f[i * G:(i + 1) * G, at], pos[i][key][:, at], unc[i][key][:, at],
-                 (b["alpha"][i] - 1) * (G - 1) / cfg.unc)
-                for i in range(cfg.labels) for at in range(f.shape[1])]
-        g, p, u, w = (torch.stack([torch.as_tensor(row[k]) for row in rows]) for k in range(4))
-        total = total + drift_loss_reference(g, p, u, w, cfg.taus, cfg.floor).mean()
+        pos, unc = ([encoder.features(dp.to_float(x), cfg.features) for x in b[kind]]
+                    for kind in ("pos", "unc"))
+    total = slow_total(fake, pos, unc, b["alpha"], cfg)
     total.backward()
     assert float(loss) == pytest.approx(total.item(), rel=1e-4)
     # float32; near-duplicate rows lose digits in the reference's uncentred distances
-    compare(grads, {n: p.grad for n, p in net.named_parameters() if p.grad is not None}, 2e-3)
+    compare(grads, gradients_of(net), 2e-3)
 
 
 def test_label_micro_batches_equal_the_full_batch():
@@ -490,8 +449,7 @@ def test_two_ranks_equal_one_on_the_same_batch(tmp_path, how, micro):
     values = dp.mae_backward(mae, *mae_batch(), 0.1, one, ONE)
     mae_grads = {n: p.grad.clone() for n, p in mae.named_parameters()}
     norm = torch.nn.utils.clip_grad_norm_(mae.parameters(), 2.0)
-    torch.multiprocessing.spawn(_two_ranks, (str(tmp_path / "store"), cfg, whole, str(tmp_path / "out"), how),
-                                nprocs=2)
+    two_ranks(_two_ranks, str(tmp_path / "store"), cfg, whole, str(tmp_path / "out"), how)
     two = torch.load(tmp_path / "out", weights_only=True)
     assert float(two["loss"]) == pytest.approx(float(loss), rel=1e-5)
     assert all(float(two["m"][k]) == pytest.approx(float(infos[k]["m"]), rel=1e-5) for k in infos)
@@ -504,41 +462,7 @@ def test_two_ranks_equal_one_on_the_same_batch(tmp_path, how, micro):
 # --- runs --------------------------------------------------------------------
 
 
-def script(*words, cwd=ROOT, check=None, ranks=0):
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks else []
-    done = subprocess.run([sys.executable, *torchrun, "drift_pixel.py", *map(str, words)], cwd=cwd, text=True,
-                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
-    if check is not None:
-        assert done.returncode == check, done.stderr[-2000:]
-    return done
-
-
-def flags(cfg, *leave):
-    """A Config as command-line words."""
-    words = []
-    for f in dataclasses.fields(cfg):
-        value = getattr(cfg, f.name)
-        if f.name in ("words", *leave) or value == "":
-            continue
-        name = "--" + f.name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(name if value else "--no-" + name[2:])
-        else:
-            words += [name, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-    return words
-
-
-def weights(out):
-    return {p.name: run.load_weights(p)[0] for p in pathlib.Path(out).glob("ema*.safetensors")}
-
-
-def newest(out):
-    folder = sorted(p for p in pathlib.Path(out, "ckpt").iterdir() if p.name.isdigit())[-1]
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "meta.json"}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[f][k], b[f][k]) for f in a for k in a[f])
+script = functools.partial(command, "drift_pixel.py")
 
 
 @pytest.fixture(scope="module")
@@ -554,28 +478,18 @@ def test_smoke_preset_runs_in_process_and_its_loss_stays_finite(tmp_path):
     cfg = dp.Config(preset="smoke", out=str(tmp_path / "s"),
                     **{**dp.PRESETS["smoke"]["set"], "then_evaluate": False})     # `straight` is scored
     dp.train(cfg)
-    rows = [json.loads(line) for line in (tmp_path / "s" / "log.jsonl").read_text().splitlines()]
-    train = [r for r in rows if r["kind"] == "train"]
+    train = [r for r in rows_of(tmp_path / "s") if r["kind"] == "train"]
     # the collapsed start: GroupNorms of constant images multiply gradients, until the images differ
     assert train[-1]["step"] == 20 and train[-1]["grad_norm"] < train[0]["grad_norm"] / 10
-    mae = [json.loads(line) for line in (tmp_path / "s" / "mae" / "log.jsonl").read_text().splitlines()]
-    recon = [r["recon"] for r in mae if r["kind"] == "mae"]
+    recon = [r["recon"] for r in rows_of(tmp_path / "s" / "mae") if r["kind"] == "mae"]
     assert recon[-1] < recon[0]
     assert (tmp_path / "s" / "samples" / "00000020.png").exists()
 
 
 def test_a_run_leaves_what_the_style_promises(straight):
-    out = pathlib.Path(straight.out)
-    for name in ("config.json", "drift_pixel.py", "log.jsonl", "RUN.md", "ema.safetensors",
-                 "ema_0.9.safetensors", "samples/00000006.png", "mae/mae.safetensors",
-                 "mae/mae_before_cls.safetensors", "weights/00000006.safetensors", "ckpt/00000006/meta.json"):
-        assert (out / name).exists(), name
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    train = [r for r in rows if r["kind"] == "train"]
-    assert [r["step"] for r in train] == [1, 2, 3, 4, 5, 6] and train[-1]["floored"] == 0
-    scored = [r for r in rows if r["kind"] == "eval"][-1]
-    assert {"accuracy", "fd", "floor_fd", "precision", "recall", "judge_accuracy"} <= set(scored)
-    bank = (out / "ckpt" / "00000006" / "bank.rank0.safetensors").stat().st_size
+    train = check_files_and_scores(straight.out, "drift_pixel.py")
+    assert train[-1]["floored"] == 0
+    bank = pathlib.Path(straight.out, "ckpt", "00000006", "bank.rank0.safetensors").stat().st_size
     assert bank < 8 * (4 * 6 + 10 + 4 + 4 + 2) + 2000  # ids and counters, no image
 
 
@@ -585,9 +499,7 @@ def test_resume_is_bit_exact_queues_included(straight, augment, tmp_path):
                               mae=straight.out + "/mae/mae.safetensors")
     dp.train(cfg)
     whole = weights(cfg.out), newest(cfg.out)
-    shutil.rmtree(pathlib.Path(cfg.out) / "ckpt" / "00000006")
-    for name in weights(cfg.out):
-        (pathlib.Path(cfg.out) / name).unlink()
+    forget(cfg.out, 6)
     dp.train(cfg)
     assert same(weights(cfg.out), whole[0]) and newest(cfg.out) == whole[1]
 
@@ -596,15 +508,7 @@ def test_sigkill_and_the_same_command_again_give_the_same_bits(straight, tmp_pat
     cfg = dataclasses.replace(straight, out=str(tmp_path / "k"), then_evaluate=False, steps=30, save_every=1,
                               augment="rrc", mae=straight.out + "/mae/mae.safetensors")
     words = flags(cfg, "out")
-    child = subprocess.Popen([sys.executable, "drift_pixel.py", "train", *words, "--out", cfg.out], cwd=ROOT,
-                             env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    began = time.time()
-    while not list(pathlib.Path(cfg.out).glob("ckpt/0000000[3-9]")) and time.time() - began < 120:
-        time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    steps = sorted(p.name for p in pathlib.Path(cfg.out, "ckpt").glob("0*") if p.name.isdigit())
-    assert steps and int(steps[-1]) < 30
+    kill_after_three_steps("drift_pixel.py", words, cfg.out, cfg.steps)
     script("train", *words, "--out", cfg.out, check=0)
     script("train", *words, "--out", tmp_path / "whole", check=0)
     assert same(weights(cfg.out), weights(tmp_path / "whole"))
@@ -627,9 +531,7 @@ def test_two_processes_train_both_networks_stop_and_resume_bit_exactly(images, h
     whole = weights(cfg.out), newest(cfg.out)
     assert whole[1]["bank.rank0.safetensors"] != whole[1]["bank.rank1.safetensors"]
     assert ("net.rank1.safetensors" in whole[1]) == (how == "fsdp2")
-    shutil.rmtree(pathlib.Path(cfg.out) / "ckpt" / "00000004")
-    for name in weights(cfg.out):
-        (pathlib.Path(cfg.out) / name).unlink()
+    forget(cfg.out, 4)
     script("train", *flags(cfg), ranks=2, check=0)
     assert same(weights(cfg.out), whole[0]) and newest(cfg.out) == whole[1]
     dp.sample(dataclasses.replace(cfg, count=4))  # what was cut over ranks is exported in one piece
@@ -681,8 +583,7 @@ def test_convnext_features_join_a_run(straight, convnext_file, images, tmp_path)
     cfg = dataclasses.replace(straight, out=str(tmp_path / "n"), then_evaluate=False, steps=2, features="abn",
                               convnext=convnext_file, mae=straight.out + "/mae/mae.safetensors", remat=True)
     dp.train(cfg)
-    rows = [json.loads(line) for line in (tmp_path / "n" / "log.jsonl").read_text().splitlines()]
-    keys = [r for r in rows if r["kind"] == "train"][-1]["lam"]
+    keys = [r for r in rows_of(tmp_path / "n") if r["kind"] == "train"][-1]["lam"]
     assert {"convnext3", "convnext_pool", "layer4", "global"} <= set(keys)
 
 
@@ -713,7 +614,9 @@ def test_sampling_reads_its_shapes_from_the_weights_and_refuses_others(straight,
 def test_the_script_and_common_alone_are_a_working_copy(tmp_path):
     shutil.copy(ROOT / "drift_pixel.py", tmp_path)
     shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
-    plan = json.loads(script("plan", "--preset", "fashion", "--json", cwd=tmp_path, check=0).stdout)
+    done = subprocess.run([sys.executable, "drift_pixel.py", "plan", "--preset", "fashion", "--json"],
+                          cwd=tmp_path, capture_output=True, text=True, check=True)
+    plan = json.loads(done.stdout)
     assert plan["preset"] == "fashion" and plan["script"] == "drift_pixel.py" and plan["feature_keys"] == 36
 
 

@@ -1,11 +1,11 @@
 """hope_lm: the mathematics against token-by-token float64 loops, then the pipeline around it."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import pathlib
-import random
 import subprocess
 import sys
 import time
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import command
 
 import hope_lm as h
 from common import run
@@ -745,13 +746,7 @@ def test_strict_verify_finds_every_kind_of_damage(tmp_path, story):
     assert "config" in check()[0] and check(False) == []
 
 
-def script(*words, ranks=1, cwd=None):
-    root = pathlib.Path(h.__file__).parent
-    head = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run",
-                                                f"--nproc_per_node={ranks}",
-                                                f"--master_port={random.randint(20000, 40000)}"]
-    return subprocess.run([*head, str(root / "hope_lm.py"), *words], capture_output=True, text=True, cwd=cwd,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, timeout=240)
+script = functools.partial(command, "hope_lm.py")
 
 
 def flags(**kw):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from forked import two_ranks
 
 from common import run
 from common.kernels import drift_field, drift_field_reference, drift_loss, drift_loss_reference
@@ -256,7 +257,7 @@ def _rank(rank, path, out):
 
 
 def test_two_ranks_with_shared_scales_equal_one(tmp_path):
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2)
+    two_ranks(_rank, str(tmp_path / "store"), str(tmp_path / "out"))
     for sizes in (NARROW, WIDE):
         loss, grad = value_and_grad(drift_loss, *features(*sizes))
         parts = [torch.load(tmp_path / f"out.{sizes[-1]}.{rank}", weights_only=True) for rank in (0, 1)]

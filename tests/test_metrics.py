@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from forked import two_ranks
 from scipy.spatial import cKDTree
 
 from common import classify, inception, metrics, run
@@ -142,7 +143,7 @@ def _rank(rank, world, rendezvous, out):
 
 
 def test_two_gloo_ranks_end_with_the_moments_of_one(tmp_path):
-    torch.multiprocessing.spawn(_rank, (2, tmp_path / "rendezvous", tmp_path / "rank"), nprocs=2)
+    two_ranks(_rank, 2, tmp_path / "rendezvous", tmp_path / "rank")
     for rank in range(2):
         total = Moments.load(tmp_path / f"rank{rank}.npz")
         assert total.n == 2000

@@ -2,6 +2,7 @@
 phases."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import command
 from PIL import Image, ImageDraw
 from scipy.special import expit, logit
 
@@ -1478,10 +1480,7 @@ def test_perturbations_have_their_levels(picture):
 # --- command line ------------------------------------------------------------------
 
 
-def cli(*words, cwd):
-    return subprocess.run([sys.executable, str(ROOT / "streetvision.py"), *words], capture_output=True,
-                          text=True, cwd=cwd,
-                          env=dict(os.environ, OMP_NUM_THREADS="1"))
+cli = functools.partial(command, "streetvision.py")
 
 
 def test_mistakes_are_one_line_and_status_2(done, tmp_path):

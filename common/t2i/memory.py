@@ -81,21 +81,39 @@ def pack(weight, kind):
     w = weight.float()
     if kind == "half":
         return w.half(), None, None
-    top = w.abs().amax(1, keepdim=True).clamp(min=1e-12)
+    top = row_top(w)
     if kind == "fp8":
         return (w / (top / 448)).to(torch.float8_e4m3fn), None, top / 448
     groups = w.unflatten(1, (-1, GROUP if w.shape[1] % GROUP == 0 else w.shape[1]))
     # both roundings go up, 2.6 % in the mean, so that no weight is clipped
     base = (top / 127 * (1 + 2**-8)).bfloat16()
-    scale = (-STEPS * torch.log2(groups.abs().amax(2) / top)).clamp(0, 255).floor().to(torch.uint8)
-    each = base * torch.exp2(scale.float() / -STEPS)
+    scale = scale_of(groups, top)
+    each = unit(scale, base)
     return (groups / each[..., None]).round().clamp(-127, 127).to(torch.int8).flatten(1), scale, base
+
+
+def row_top(w):
+    """Largest size of a weight in every row [out, 1]."""
+    return w.abs().amax(1, keepdim=True).clamp(min=1e-12)
+
+
+def scale_of(groups, top):
+    """Groups of weights [out, n, G] or [out, G] -> their scales [out, n] or [out]: steps below the row's
+    largest."""
+    top = top if groups.ndim == 3 else top[:, 0]
+    return (-STEPS * torch.log2(groups.abs().amax(-1) / top)).clamp(0, 255).floor().to(torch.uint8)
+
+
+def unit(scale, base):
+    """What one step of q is worth. From a table: exp2 may differ in its last bit with the place of a number
+    in a tensor, and a row looked up must equal that row of the whole."""
+    return base * torch.exp2(torch.arange(256, device=scale.device) / -STEPS)[scale.long()]
 
 
 def unpack(q, scale, base, dtype):
     if base is None:
         return q.to(dtype)
-    each = base if scale is None else base * torch.exp2(scale.float() / -STEPS)
+    each = base if scale is None else unit(scale, base)
     return (q.to(dtype).unflatten(1, (each.shape[1], -1)) * each.to(dtype)[..., None]).flatten(1)
 
 

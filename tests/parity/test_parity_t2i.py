@@ -12,21 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-register = torch.library.register_fake
-
-
-def register_if_there(name, *args, **kw):
-    """torchvision built for another torch has no operators here; importing it must not fail on that."""
-    return (lambda f: f) if str(name).startswith("torchvision::") else register(name, *args, **kw)
-
-
-torch.library.register_fake = register_if_there
 transformers = pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
 
 import dit_t2i as t2i  # noqa: E402
 from common import run  # noqa: E402
-from common.t2i import clip, public, weights  # noqa: E402
+from common.t2i import clip, public  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -424,6 +415,24 @@ def test_apg_momentum_equals_diffusers():
 # --- a whole pipeline ----------------------------------------------------
 
 
+def tiny_t5():
+    """A T5 v1.1 encoder of random weights; its vocabulary is that of `t5_folder`."""
+    return randomise(transformers.T5EncoderModel(transformers.T5Config(
+        vocab_size=1200, d_model=48, d_kv=12, d_ff=64, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False)), 0.2, 3)
+
+
+def tiny_vae(**factors):
+    """A VAE of random weights in the way SD3 and FLUX have them: no convolutions around the latents."""
+    vae = randomise(diffusers.AutoencoderKL(
+        block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=64,
+        latent_channels=4, down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4, use_quant_conv=False, use_post_quant_conv=False,
+        **factors), 0.1, 4)
+    vae.decoder.conv_out.weight.data *= 3                    # enough contrast to compare
+    return vae
+
+
 @pytest.fixture(scope="module")
 def sd3_folder(tmp_path_factory, clip_folder, t5_folder):
     """A tiny StableDiffusion3Pipeline with random weights, saved in the public layout."""
@@ -434,17 +443,8 @@ def sd3_folder(tmp_path_factory, clip_folder, t5_folder):
         num_attention_heads=4,
         hidden_act=act, projection_dim=20, eos_token_id=tokenizer.eos_token_id)), 0.2, seed)
         for width, act, seed in ((16, "quick_gelu", 1), (24, "gelu", 2))]
-    t5 = randomise(transformers.T5EncoderModel(transformers.T5Config(
-        vocab_size=1200, d_model=48, d_kv=12, d_ff=64, num_layers=2, num_heads=4,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False)), 0.2, 3)
-    vae = randomise(diffusers.AutoencoderKL(
-        block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=64,
-        latent_channels=4,
-        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        use_quant_conv=False,
-        use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609), 0.1, 4)
-    vae.decoder.conv_out.weight.data *= 3                    # enough contrast to compare
+    t5 = tiny_t5()
+    vae = tiny_vae(scaling_factor=1.5305, shift_factor=0.0609)
     pipe = diffusers.StableDiffusion3Pipeline(
         transformer=randomise(sd3_transformer(), 0.1, 5),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -582,16 +582,8 @@ def flux_parts(clip_folder, t5_folder, dev, **sizes):
         vocab_size=len(tokenizer), hidden_size=24, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4,
         eos_token_id=tokenizer.eos_token_id)), 0.2, 1)
-    t5 = randomise(transformers.T5EncoderModel(transformers.T5Config(
-        vocab_size=1200, d_model=48, d_kv=12, d_ff=64, num_layers=2, num_heads=4,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False)), 0.2, 3)
-    vae = randomise(diffusers.AutoencoderKL(
-        block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=64,
-        latent_channels=4,
-        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159), 0.1, 4)
-    vae.decoder.conv_out.weight.data *= 3
+    t5 = tiny_t5()
+    vae = tiny_vae(scaling_factor=0.3611, shift_factor=0.1159)
     return dict(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0 if dev else 1.0,
                                                             use_dynamic_shifting=dev),

@@ -8,15 +8,6 @@ convolutions).
 import pytest
 import torch
 
-register = torch.library.register_fake
-
-
-def register_if_there(name, *args, **kw):
-    """torchvision built for another torch has no operators here; importing it must not fail on that."""
-    return (lambda f: f) if str(name).startswith("torchvision::") else register(name, *args, **kw)
-
-
-torch.library.register_fake = register_if_there
 diffusers = pytest.importorskip("diffusers")
 
 from common.vae import AutoencoderKL  # noqa: E402
