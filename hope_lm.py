@@ -1056,7 +1056,7 @@ ABLATIONS = {
 def ablate(cfg):
     """Train the arms of an ablation (or those named) at one parameter budget, same seeds and data order.
 
-    The table of the arms so far stands in OUT/NAME/table.md and table.json; the same command continues.
+    The table of the arms under OUT/NAME, of earlier commands too, is table.md and table.json there.
     """
     name, *chosen = cfg.words or ("",)
     if name not in ABLATIONS:
@@ -1064,21 +1064,15 @@ def ablate(cfg):
     for arm in chosen:
         if arm not in ABLATIONS[name]:
             raise run.UserError(run.unknown("arm", arm, ABLATIONS[name]))
-    budget, rows, root = cfg.params or count(cfg), {}, pathlib.Path(cfg.out) / name
+    cfg = dataclasses.replace(cfg, params=cfg.params or count(cfg), words=())
+    root = pathlib.Path(cfg.out) / name
     for arm in chosen or ABLATIONS[name]:
-        rows[arm] = []
         for seed in range(cfg.seeds):
             out = root / arm.replace(" ", "_") / str(seed)
-            one = dataclasses.replace(cfg, params=budget, seed=seed, words=(), out=str(out),
-                                      **ABLATIONS[name][arm])
             if not (out / "weights.safetensors").exists():
-                train(one)
-            log = [*map(json.loads, (out / "log.jsonl").read_text().splitlines())]
-            last = [r for r in log if r["kind"] == "eval"][-1]
-            rows[arm].append(dict(val_bpb=last["val_bpb"], accuracy=last.get("accuracy"),
-                                  time_s=log[-1]["time_s"], params=count(sized(one)),
-                                  loss_by_position=last["loss_by_position"]))
-        title = f"{name}: {cfg.steps} steps of {cfg.batch} x {cfg.length}, {cfg.seeds} seeds"
+                train(dataclasses.replace(cfg, seed=seed, out=str(out), **ABLATIONS[name][arm]))
+        rows = cost.finished(root, ABLATIONS[name], dataclasses.asdict(cfg), free_fields())
+        title = f"{name}: {cfg.steps} steps of {cfg.batch} x {cfg.length}"
         table = cost.table(title, rows)
         (root / "table.json").write_text(json.dumps(rows, indent=1))
         (root / "table.md").write_text(table)

@@ -115,9 +115,12 @@ def classes(scorer, corpus=None, per_task=10, shown=25, asked=5):
             for text in corpus[label][:shown]:
                 scorer.take_in(scorer.bpe.encode(f"{prompt(text)} {label}\n"))
         met = names[:(j + 1) * per_task]
+        asks = [(i, text) for i, label in enumerate(met) for text in corpus[label][-asked:]]
         for key, state in (("on", scorer.state), ("off", None)):
-            right = [[pick(scorer, state, prompt(t), met) == n for t in corpus[n][-asked:]] for n in met]
-            found[key].append([float(np.mean(right[i * per_task:(i + 1) * per_task])) for i in range(j + 1)])
+            picked = picks(scorer, state, [prompt(t) for _, t in asks], met)
+            right = [[p == met[i] for (i, _), p in zip(asks, picked) if i // per_task == task]
+                     for task in range(j + 1)]
+            found[key].append([float(np.mean(hits)) for hits in right])
     for key in ("on", "off"):
         last = found[key][-1]
         found[key] = dict(matrix=found[key], mean_final=float(np.mean(last)),
@@ -125,13 +128,12 @@ def classes(scorer, corpus=None, per_task=10, shown=25, asked=5):
     return found
 
 
-def pick(scorer, state, prompt, labels):
-    """The label whose tokens are the likeliest after the prompt, all asked from the same fast weights."""
-    head, scores = scorer.bpe.encode(prompt), []
-    for label in labels:
-        tail = scorer.bpe.encode(" " + label)
-        tokens = torch.tensor([(head + tail)[:-1]])
-        logits, _ = scorer.net(tokens, state or scorer.net.fresh(1))
-        logp = logits[0, -len(tail):].double().log_softmax(-1)
-        scores.append(float(logp.gather(1, torch.tensor(tail)[:, None]).sum()) / len(tail))
-    return labels[int(np.argmax(scores))]
+def picks(scorer, state, prompts, labels, rows=32):
+    """Per prompt the label of the largest mean log p a token, all asked from the same fast weights."""
+    heads, found = [scorer.bpe.encode(p) for p in prompts], []
+    tails = [scorer.bpe.encode(" " + label) for label in labels]
+    for lo in range(0, len(heads), rows):
+        some = heads[lo:lo + rows]
+        scores = scorer.score_tails(some, [tails] * len(some), state and [state] * len(some))
+        found += [labels[int(np.argmax([p / len(t) for (p, _), t in zip(row, tails)]))] for row in scores]
+    return found

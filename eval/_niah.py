@@ -83,9 +83,11 @@ def ruler_prompt(variant, length, depth, draw, count, essay, reserve=128):
             units.insert(round(place * len(units)), needle)
         return head + (" " if haystack == "essay" else "\n").join(units) + tail
 
-    n = longest(lambda n: count(text(n)) + reserve <= length, len(words) if haystack == "essay" else length)
-    return dict(prompt=text(n), answers=answers, distractor=make(value_kind, draw), units=n)
-
+    # no more units than tokens: each has one at least
+    most = min(len(words), length) if haystack == "essay" else length
+    n = longest(lambda n: count(text(n)) + reserve <= length, most)
+    return dict(prompt=text(n), answers=answers, distractor=make(value_kind, draw), units=n,
+                fits=count(text(n)) + reserve <= length)
 
 
 def passkey_prompt(key, length, depth, count):

@@ -9,10 +9,11 @@ import torch
 
 import hope_lm as h
 from common.hope.text import BPE, rng
-from eval import _niah
-from eval._continual import classes, continual, domains, labelled
+from eval import _niah, lm
+from eval._context import by_position, losses, recalled
+from eval._continual import classes, continual, domains, labelled, picks
+from eval._scorer import Scorer
 from eval._zeroshot import CHOICE, interval, multiple_choice, winogrande, zero_shot
-from eval.lm import Scorer
 
 torch.set_num_threads(1)
 
@@ -79,6 +80,89 @@ def test_rolling_scores_every_token_once():
     assert abs(whole + float(loss.sum())) < 1e-3
 
 
+MODELS = dict(hope={}, context=dict(cms="context"), lmm=dict(variant="lmm"), mac=dict(variant="mac"),
+              mal=dict(variant="mal", window=8), full=dict(variant="full"),
+              gated=dict(variant="gated_deltanet"))
+ITEMS = [("the sun is", [" hot", " a star", " cold and far away"]), ("x", [" y", " zz"]), ("", ["ab", "cd"]),
+         ("a longer tale of a fox, and of a dog it met: the fox was", [" red", " sly"]),
+         ("a longer tale of a fox, and of a dog it met. the fox is ", ["red", "brown"])]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("memorize,window,steps", [(False, 20, 1), (True, 64, 1), (True, 20, 2)])
+def test_batched_choices_equal_one_by_one(name, memorize, window, steps):
+    """Prefix in common, padded ends, shared contexts, truncation on the left: the same sums, in float64."""
+    net, bpe = small(**MODELS[name]).double(), BPE()
+    with torch.no_grad():                           # logits that differ in the first digits
+        net.embed.mul_(20)
+    one, many = (Scorer(net, bpe, window, memorize, steps=steps) for _ in range(2))
+    want = [[one.loglikelihood(context, c) for c in some] for context, some in ITEMS]
+    got = many.choices(ITEMS, rows=3)
+    for a, b in zip(sum(want, []), sum(got, [])):
+        assert abs(a[0] - b[0]) < 1e-8 and a[1] == b[1]
+    if memorize:                                    # a context is taken in once, not once a continuation
+        assert 0 <= many.events["seen"] <= one.events["seen"]
+
+
+def test_batched_labels_equal_the_one_by_one_pick():
+    net, bpe = small().double(), BPE()
+    scorer = Scorer(net, bpe, 64, memorize=True)
+    scorer.take_in(bpe.encode("Text: a fox\nLabel: red\n"))
+    prompts = [f"Text: {t}\nLabel:" for t in ("a fox", "two dogs", "the cat sat", "x")]
+    labels = ["red", "blue1", "longer-label", "q"]
+    for state in (scorer.state, None):
+        want = []
+        for prompt in prompts:
+            scores = []
+            for label in labels:
+                head, tail = bpe.encode(prompt), bpe.encode(" " + label)
+                logits, _ = net(torch.tensor([(head + tail)[:-1]]), state or net.fresh(1))
+                logp = logits[0, -len(tail):].log_softmax(-1).gather(1, torch.tensor(tail)[:, None])
+                scores.append(float(logp.sum()) / len(tail))
+            want.append(labels[int(np.argmax(scores))])
+        assert picks(scorer, state, prompts, labels, rows=3) == want
+
+
+def test_rolling_in_batches_equals_window_by_window():
+    net, bpe, text = small().double(), BPE(), "a tale of two windows and of five more of them"
+    (a, parts), (b, alone) = (Scorer(net, bpe, 8).rolling(text, rows) for rows in (4, 1))
+    assert abs(a - b) < 1e-9 and len(parts) == len(alone) == -(-len(text) // 8)
+    assert all((p - q).abs().max() < 1e-9 for p, q in zip(parts, alone))
+
+
+def test_events_count_every_write_of_the_items_context_once():
+    net, bpe = small(), BPE()                       # chunks of 8 tokens in three memories: store, maps, gates
+    scorer = Scorer(net, bpe, 64, memorize=True, steps=2)
+    scorer.take_in(list(range(20)))
+    assert scorer.events["seen"] == 2 * 3 * 3       # two passes, ceil(20 / 8) writes of three memories
+
+
+def test_context_gain_is_zero_beyond_what_a_window_can_see():
+    rows = torch.randint(1, 200, (6, 257), generator=torch.Generator().manual_seed(0)).numpy()
+    data = h.Task("parity", 0)
+    data.validation = lambda T: rows
+    net = small(variant="swa", window=16, depth=2, persistent=0).double()   # persistent keys know positions
+    with torch.no_grad():                           # attention that matters
+        net.embed.mul_(50)
+    other = small(variant="full").double()
+    found = by_position(net, data, 256, other)
+    assert found["rows"] == 6 and list(found["gain"]) == ["32", "64", "128"]
+    assert all(abs(g["mean"]) < 1e-6 for g in found["gain"].values())   # two layers of 16 see 31 tokens;
+    # rotary angles are float32
+    full, theirs = losses(net, torch.from_numpy(rows)), losses(other, torch.from_numpy(rows))
+    assert abs(found["loss"]["64-128"]["mean"] - float(full[:, 64:128].mean())) < 1e-12
+    gap = (theirs - full)[:, 128:].mean(1)
+    assert abs(found["other_minus_this"]["128-256"]["mean"] - float(gap.mean())) < 1e-12
+    assert abs(found["other_minus_this"]["128-256"]["se"] - float(gap.std() / 6**0.5)) < 1e-12
+    whole = by_position(other, data, 256)["gain"]
+    want = 0.0                                      # by hand: block b of the last 128 tokens behind 64 others
+    for b in range(4):
+        at = 128 + 32 * b
+        near = losses(other, torch.from_numpy(rows)[:, at - 64:at + 33])[:, 64:]
+        want += float((near - theirs[:, at:at + 32]).mean()) / 4
+    assert abs(whole["64"]["mean"] - want) < 1e-12 and abs(want) > 1e-6
+
+
 def test_absent_tasks_are_skipped_and_present_ones_counted(tmp_path):
     (tmp_path / "lambada.jsonl").write_text(json.dumps(dict(text="the cat sat on the mat")) + "\n")
     (tmp_path / "wikitext.jsonl").write_text(json.dumps(dict(page=" = Title = \n Some text , here . "))
@@ -127,27 +211,21 @@ def recall_net(variant, steps=0, **kw):
     return net.eval(), data
 
 
-def margin(net, data):
-    """Mean change of log p(value | key) when fast weights took in the pairs, caches dropped;
-    and base weights kept."""
-    x, y = h.pairs(data.batch((1, 0), range(64), 64), "cpu")
+def recalled_with_base_weights_kept(net, data):
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    with torch.no_grad():
-        _, state = net(x[:, :48], net.fresh(64))
-        memory, fresh = net.remember(state), net.fresh(64)
-        gain = h.nll(net(x[:, 48:], fresh)[0], y[:, 48:]) - h.nll(net(x[:, 48:], memory)[0], y[:, 48:])
-    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
-    return gain[y[:, 48:] >= 0]
+    found = recalled(net, data)
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items()) and found["n"] == 512
+    return found["gain"]
 
 
-@pytest.mark.parametrize("variant,steps", [("lmm", 200)])
-def test_memorising_raises_the_right_value(variant, steps):
-    gain = margin(*recall_net(variant, steps))
-    assert gain.mean() > 0.1 and gain.mean() > 5 * gain.std() / math.sqrt(len(gain))    # five standard errors
+@pytest.mark.parametrize("variant,steps,chunk", [("lmm", 200, 16), ("hope", 120, 32)])
+def test_memorising_raises_the_right_value(variant, steps, chunk):
+    gain = recalled_with_base_weights_kept(*recall_net(variant, steps, chunk=chunk, chunk_self=chunk))
+    assert gain["mean"] > 0.1 and gain["mean"] > 5 * gain["se"]
 
 
 def test_memorising_changes_no_bit_of_a_transformer():
-    assert (margin(*recall_net("full", 5)) == 0).all()
+    assert recalled_with_base_weights_kept(*recall_net("full", 5)) == dict(mean=0, se=0)
 
 
 def test_memorising_counts_events_and_keeps_base_weights():
@@ -190,3 +268,41 @@ def test_class_incremental_matrix_memorises_between_tasks_and_keeps_base_weights
     said = torch.tensor([list(b"Text: x")])
     assert not torch.equal(net(said, scorer.state)[0], net(said, fresh.state)[0])   # what it took in is there
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+def test_the_whole_suite_writes_a_bundle_and_memorising_leaves_the_base_scores(tmp_path, monkeypatch, capsys):
+    (tmp_path / "story.txt").write_text("once there was a fox who read a book about a dog. " * 200)
+    (tmp_path / "intents.jsonl").write_text("".join(json.dumps(dict(label=f"l{i % 3}", text=f"t{i}")) + "\n"
+                                                    for i in range(9)))
+    h.train(h.Config(width=16, heads=2, depth=1, chunk=32, chunk_self=32, cms_levels=2, length=64, batch=2,
+                     steps=2, eval_rows=2, data=str(tmp_path / "story.txt"), device="cpu",
+                     out=str(tmp_path / "run")))
+    found = {}
+    for name, more in (("plain", ()), ("memorised", ("--memorize",))):
+        argv = ["eval.lm", str(tmp_path / "run"), "--out", str(tmp_path / name), "--lengths", "512",
+                "--samples", "1", "--depths", "1", "--continual-steps", "1", "--tasks", str(tmp_path), *more]
+        monkeypatch.setattr("sys.argv", argv)
+        lm.main()
+        found[name] = json.loads((tmp_path / name / "metrics.json").read_text())
+        summary = (tmp_path / name / "SUMMARY.md").read_text()
+        assert capsys.readouterr().out == summary + "\n"
+        pictures = {p.name for p in (tmp_path / name).glob("*.png")}
+        assert pictures == {"forgetting_on.png", "forgetting_off.png", "classes.png", "ruler.png",
+                            "context.png", "nll_by_position.png"}
+    plain, memorised = found["plain"]["scores"], found["memorised"]["scores"]
+    assert plain == memorised and set(plain) == set(lm.PARTS) - {"recall"}
+    assert set(found["memorised"]["memorized"]) == set(lm.TWICE) and found["plain"]["memorized"] == {}
+    assert found["memorised"]["memorized"]["passkey"] != plain["passkey"]
+    assert found["memorised"]["meta"]["memorize"]["events"]["ruler"]["seen"] > 0
+    assert plain["context"]["rows"] == 15 and plain["books"]["tokens"] == 1000      # a tenth of 10,000
+    cells = [r for r in plain["ruler"] if r["length"] == 512 and r["variant"] == "multiquery"]
+    assert [r["score"] for r in cells] == [None] and "| ruler | multiquery 512 |" in summary    # too short
+
+
+def test_a_recall_run_has_one_part_and_state_tracking_none(tmp_path):
+    recall, parity, text = (h.Config(task=t) for t in ("recall", "parity", "text"))
+    assert lm.parts("", recall) == ["recall"] and "recall" not in lm.parts("", text)
+    for only, cfg, said in (("ruler", recall, "it has recall"), ("", parity, "evaluate"),
+                            ("rular", text, "ruler")):
+        with pytest.raises(h.run.UserError, match=said):
+            lm.parts(only, cfg)

@@ -788,6 +788,21 @@ def test_sigkill_then_the_same_command_ends_in_the_same_bits(tmp_path, story):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_an_ablation_table_holds_the_arms_of_every_command_and_one_budget(tmp_path, story, capsys):
+    def ablate(arm, **kw):
+        h.ablate(h.Config(**{**SMALL, "device": "cpu", "data": story, "steps": 2, "params": 40_000,
+                             "out": str(tmp_path), "words": ("backbone", arm), **kw}))
+    ablate("swa", seeds=1)
+    ablate("deltanet", seeds=2)
+    rows = json.loads((tmp_path / "backbone/table.json").read_text())
+    assert {arm: [r["seed"] for r in runs] for arm, runs in rows.items()} == dict(deltanet=[0, 1], swa=[0])
+    assert rows["swa"][0]["val_bpb"] == rows_of(tmp_path / "backbone/swa/0", "eval")[-1]["val_bpb"]
+    table = (tmp_path / "backbone/table.md").read_text()
+    assert "| swa | 1 |" in table and "| deltanet | 2 |" in table and capsys.readouterr().out.endswith(table)
+    with pytest.raises(h.run.UserError, match="another --out"):
+        ablate("swa", seeds=1, steps=3)             # another budget does not enter the same table
+
+
 def test_mistakes_are_one_line(tmp_path, story):
     for words, found in ((["train", "--variant", "hopp"], "did you mean 'hope'"),
                          (["ablate", "optimiser"], "did you mean"),

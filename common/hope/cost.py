@@ -52,16 +52,41 @@ def estimate(cfg, P):
                 disk_gb=P * 4e-9 * (3 + 2 * states), hours_at_mfu=flops * cfg.steps / (0.4 * 989e12) / 3600)
 
 
+def finished(root, arms, want, free):
+    """Finished runs under ROOT/ARM/SEED, of whichever command -> {arm: [dict(seed, val_bpb, ...)]}.
+
+    arms: arm -> the fields it sets.  A run whose other fields are not `want`'s is refused: a table has one
+    budget.
+    """
+    own, rows = {"seed", *free, *(key for fields in arms.values() for key in fields)}, {}
+    for arm in arms:
+        seeds = [p.parent for p in (root / arm.replace(" ", "_")).glob("*/weights.safetensors")]
+        for out in sorted(seeds, key=lambda p: int(p.name)):
+            was = json.loads((out / "config.json").read_text())["config"]
+            for key in sorted(set(want) - own):
+                if key in was and was[key] != json.loads(json.dumps(want[key])):
+                    raise UserError(f"{out} was trained with {key} {was[key]}, not {want[key]}; "
+                                    f"another budget needs another --out")
+            log = [*map(json.loads, (out / "log.jsonl").read_text().splitlines())]
+            start, last = ([r for r in log if r["kind"] == kind] for kind in ("start", "eval"))
+            rows.setdefault(arm, []).append(dict(
+                seed=int(out.name), val_bpb=last[-1]["val_bpb"], accuracy=last[-1].get("accuracy"),
+                time_s=last[-1]["time_s"], params=start[-1]["params"],
+                loss_by_position=last[-1]["loss_by_position"]))
+    return rows
+
+
 def table(title, rows):
     """Markdown of an ablation: arm -> list of runs, dict(val_bpb, accuracy, time_s, params)."""
-    lines = [f"# {title}", "", "| arm | parameters | bits per byte, mean | s.d. | accuracy | seconds |",
-             "|---|---|---|---|---|---|"]
+    lines = [f"# {title}", "",
+             "| arm | seeds | parameters | bits per byte, mean | s.d. | accuracy | seconds |",
+             "|---|---|---|---|---|---|---|"]
     for arm, runs in rows.items():
         bpb = [r["val_bpb"] for r in runs]
-        spread = statistics.stdev(bpb) if len(bpb) > 1 else 0.0
+        spread = f"{statistics.stdev(bpb):.4f}" if len(bpb) > 1 else "-"
         right = [r["accuracy"] for r in runs if r["accuracy"] is not None]
-        lines.append(f"| {arm} | {runs[0]['params']:,} | {statistics.mean(bpb):.4f} | {spread:.4f} | "
-                     f"{format(statistics.mean(right), '.4f') if right else '-'} | "
+        lines.append(f"| {arm} | {len(runs)} | {runs[0]['params']:,} | {statistics.mean(bpb):.4f} | "
+                     f"{spread} | {format(statistics.mean(right), '.4f') if right else '-'} | "
                      f"{statistics.mean(r['time_s'] for r in runs):.0f} |")
     return "\n".join(lines) + "\n"
 
@@ -69,8 +94,9 @@ def table(title, rows):
 def curves(root, arms):
     """ROOT/curves.png: loss of the training batches of every arm's first seed; the first 5% are left out."""
     series = {}
-    for arm in arms:
-        log = map(json.loads, (root / arm.replace(" ", "_") / "0" / "log.jsonl").read_text().splitlines())
+    for arm, runs in arms.items():
+        out = root / arm.replace(" ", "_") / str(runs[0]["seed"])
+        log = map(json.loads, (out / "log.jsonl").read_text().splitlines())
         points = {r["step"]: r["bpb"] for r in log if r["kind"] == "train"}     # a resumed step counts once
         kept = [x for x in points if x >= 0.05 * max(points)]
         series[arm] = kept, [points[x] for x in kept]
