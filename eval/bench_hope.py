@@ -5,9 +5,9 @@ length, and the reference.
 
 Config: V 256, D 256, L 4, H 4, T 512, batch 4, CMS 4 x 4, random bytes; a step is forward, backward through
 the writes and AdamW.  Time is process time: the cores are shared and a wall clock would count other people's
-work.  The cost against length keeps the tokens of a step: fewer rows, longer (D 128, L 2), so that both ends
-move the same memory.  Cases of a round run one after the other and ratios are taken within the round (median
-over rounds).
+work.  The cost against length (D 128, L 2) is taken twice: at equal rows, as the sequences of one batch grow,
+and at equal tokens of a step, fewer rows as they are longer.  Cases of a round run one after the other and
+ratios are taken within the round (median over rounds).
 
 DIR (or ONEFILE_NESTED_LEARNING): a checkout of github.com/kmccleary3301/nested_learning; needs omegaconf.
 Its step is that of its training loop, offline: forward, backward, clip, AdamW, teach signal, second forward
@@ -33,6 +33,7 @@ CASES = {"hope": dict(variant="hope"), "hope, CMS width 2D": dict(variant="hope"
          "hope_attention": dict(variant="hope_attention"), "lmm": dict(variant="lmm"),
          "deltanet": dict(variant="deltanet"), "swa": dict(variant="swa"), "full": dict(variant="full")}
 REFERENCE = dict(transformer=512, hope_attention=512, hope_selfmod=128)     # tokens of a row
+ROWS = 2                                            # rows of the longest sequence
 SHORT = "hope, T 128"                               # its self-modifying step takes minutes at 512
 
 
@@ -89,6 +90,15 @@ def measure(steps):
     return rates
 
 
+def by_length(lengths, equal_tokens):
+    """(rows, T) of every length; the longest has ROWS rows."""
+    return [(ROWS * max(lengths) // T if equal_tokens else ROWS, T) for T in lengths]
+
+
+def named(rows, T):
+    return f"{rows} x {T}"
+
+
 def case(what, ratio, value, goal, met):
     return dict(what=what, ratio=ratio, value=value, goal=goal, met=met(value, goal), agree=True)
 
@@ -97,11 +107,13 @@ def cases(median, lengths, paired):
     """The issue's goals; `paired`: the reference ran in the same rounds."""
     at_least, at_most = (lambda v, goal: v >= goal), (lambda v, goal: v <= goal)
     over = lambda a, b: median(lambda r: r[a] / r[b])   # noqa: E731
-    first, last = str(lengths[0]), str(lengths[-1])
-    found = dict(length=case(f"HOPE, cost of a token at T={last} over T={first}", "T long / short",
-                             over(first, last), 1.15, at_most),
-                 speed=case("HOPE, tokens a CPU-second (a rate, not a ratio)", "hope",
+    found = dict(speed=case("HOPE, tokens a CPU-second (a rate, not a ratio)", "hope",
                             median(lambda r: r["hope"]), 1000.0, at_least))
+    for kind in ("rows", "tokens"):
+        first, last = (named(*by_length(lengths, kind == "tokens")[i]) for i in (0, -1))
+        found[f"length_equal_{kind}"] = case(f"HOPE, cost of a token at T={lengths[-1]} over T={lengths[0]}, "
+                                             f"equal {kind} a step", "T long / short", over(first, last),
+                                             1.15, at_most)
     if not paired:
         return found | dict(reference=dict(skipped="no checkout of kmccleary3301/nested_learning named"))
     for name, ours, theirs, goal in (("selfmod", SHORT, "hope_selfmod", 25.0),
@@ -122,15 +134,16 @@ def main():
     p.add_argument("--reference", default=os.environ.get("ONEFILE_NESTED_LEARNING", ""))
     args = p.parse_args()
     torch.set_num_threads(1)
-    run.keep_freed_memory()
+    run.keep_freed_memory()                         # both: as train() does, for ours and the reference alike
+    torch.set_flush_denormal(True)
     lengths = [int(x) for x in args.lengths.split(",")]
     made = {name: stepper(**CASES[name]) for name in args.only.split(";")}
     made |= {SHORT: stepper(T=128, **CASES["hope"])} if args.reference else {}
-    by_length = {str(T): stepper(2 * max(lengths) // T, T, width=128, depth=2, heads=2, cms_levels=2)[0]
-                 for T in lengths}
+    shapes = dict.fromkeys(by_length(lengths, False) + by_length(lengths, True))
+    grown = {named(*shape): stepper(*shape, width=128, depth=2, heads=2, cms_levels=2)[0] for shape in shapes}
     theirs = {f"reference {name}": reference(args.reference, name, T=T)
               for name, T in REFERENCE.items()} if args.reference else {}
-    steps = {name: step for name, (step, _) in made.items()} | by_length
+    steps = {name: step for name, (step, _) in made.items()} | grown
     measure(steps)                                  # warm-up; the reference's steps are long enough without
     steps |= {name: step for name, (step, _) in theirs.items()}
     rounds = [measure(steps) for _ in range(args.rounds)]
@@ -138,7 +151,7 @@ def main():
     out = dict(tokens_per_cpu_s={k: median(lambda r: r[k])
                                  for k in made | theirs},    # noqa: B023, called at once
                params={k: n for k, (_, n) in (made | theirs).items()},
-               hope_by_length={k: median(lambda r: r[k]) for k in by_length},          # noqa: B023
+               hope_by_length={k: median(lambda r: r[k]) for k in grown},          # noqa: B023
                rounds=rounds, torch=torch.__version__, cases=cases(median, lengths, bool(theirs)))
     print(json.dumps(out, indent=1))
     if args.json:

@@ -213,6 +213,18 @@ def test_backward_of_a_chunk_is_its_gradient(delta, momentum, again, asked, late
     assert torch.autograd.gradcheck(chunk, inputs, atol=1e-6)
 
 
+def test_unit_rows_and_their_gradient_are_those_of_normalize():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 5, generator=g, dtype=torch.float64)
+    x[1] *= 1e-8                                    # shorter than eps: divided by eps, no direction to keep
+    x = x.requires_grad_()
+    upstream = torch.randn(4, 5, generator=g, dtype=torch.float64)
+    ours, theirs = h.unit(x), F.normalize(x, dim=-1, eps=1e-6)
+    assert torch.equal(ours, theirs)
+    a, b = (torch.autograd.grad(y, x, upstream)[0] for y in (ours, theirs))
+    assert ((a - b).abs() <= 1e-12 * b.abs().amax(-1, keepdim=True)).all()
+
+
 @pytest.mark.parametrize("variant", h.VARIANTS)
 def test_every_variant_is_causal_streams_and_keeps_sequences_apart(variant):
     net, x = net_of(variant=variant), tokens(2, 37)
