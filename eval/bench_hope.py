@@ -33,7 +33,7 @@ CASES = {"hope": dict(variant="hope"), "hope, CMS width 2D": dict(variant="hope"
          "hope_attention": dict(variant="hope_attention"), "lmm": dict(variant="lmm"),
          "deltanet": dict(variant="deltanet"), "swa": dict(variant="swa"), "full": dict(variant="full")}
 REFERENCE = dict(transformer=512, hope_attention=512, hope_selfmod=128)     # tokens of a row
-ROWS = 2                                            # rows of the longest sequence
+ROWS = 4                                            # rows of the longest sequence
 SHORT = "hope, T 128"                               # its self-modifying step takes minutes at 512
 
 
