@@ -79,10 +79,11 @@ def reference(root, variant, batch=4, T=512):
     return step, sum(p.numel() for p in net.parameters())
 
 
-def measure(steps):
+def measure(steps, as_shipped=False):
     """Tokens per CPU-second of one call of each step function, a round."""
     rates = {}
     for name, step in steps.items():
+        torch.set_flush_denormal(not (as_shipped and name.startswith("reference")))
         began = time.process_time()
         tokens = step()
         rates[name] = tokens / (time.process_time() - began)
@@ -132,12 +133,13 @@ def main():
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--only", default=";".join(CASES), help="cases, separated by ;")
     p.add_argument("--theirs", default=";".join(REFERENCE), help="its models; hope_selfmod is slow")
+    p.add_argument("--as-shipped", action="store_true", help="denormals are flushed for ours alone, as each "
+                   "one's training does; else for both")
     p.add_argument("--lengths", default="256,512,1024,2048,4096")
     p.add_argument("--reference", default=os.environ.get("ONEFILE_NESTED_LEARNING", ""))
     args = p.parse_args()
     torch.set_num_threads(1)
-    run.keep_freed_memory()                         # both: as train() does, for ours and the reference alike
-    torch.set_flush_denormal(True)
+    run.keep_freed_memory()                         # as train() does, for ours and the reference alike
     lengths = [int(x) for x in args.lengths.split(",")]
     made = {name: stepper(**CASES[name]) for name in args.only.split(";")}
     made |= {SHORT: stepper(T=128, **CASES["hope"])} if args.reference else {}
@@ -148,13 +150,14 @@ def main():
     steps = {name: step for name, (step, _) in made.items()} | grown
     measure(steps)                                  # warm-up; the reference's steps are long enough without
     steps |= {name: step for name, (step, _) in theirs.items()}
-    rounds = [measure(steps) for _ in range(args.rounds)]
+    rounds = [measure(steps, args.as_shipped) for _ in range(args.rounds)]
     median = lambda f: statistics.median(f(r) for r in rounds)   # noqa: E731
     out = dict(tokens_per_cpu_s={k: median(lambda r: r[k])
                                  for k in made | theirs},    # noqa: B023, called at once
                params={k: n for k, (_, n) in (made | theirs).items()},
                hope_by_length={k: median(lambda r: r[k]) for k in grown},          # noqa: B023
-               rounds=rounds, torch=torch.__version__, cases=cases(median, lengths, paired))
+               rounds=rounds, torch=torch.__version__, as_shipped=args.as_shipped,
+               cases=cases(median, lengths, paired))
     print(json.dumps(out, indent=1))
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps(out, indent=1))
