@@ -110,7 +110,7 @@ def cases(median, lengths, paired):
     over = lambda a, b: median(lambda r: r[a] / r[b])   # noqa: E731
     found = dict(speed=case("HOPE, tokens a CPU-second (a rate, not a ratio)", "hope",
                             median(lambda r: r["hope"]), 1000.0, at_least))
-    for kind in ("rows", "tokens"):
+    for kind in ("rows", "tokens") if len(lengths) > 1 else ():
         first, last = (named(*by_length(lengths, kind == "tokens")[i]) for i in (0, -1))
         found[f"length_equal_{kind}"] = case(f"HOPE, cost of a token at T={lengths[-1]} over T={lengths[0]}, "
                                              f"equal {kind} a step", "T long / short", over(first, last),
