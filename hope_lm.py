@@ -39,7 +39,8 @@ from common.hope.blocks import (Attention, Conv, DeltaNet, RMSNorm, SwiGLU, cut,
                                 inverse_softplus, linear, log_sigmoid, nll, pieces, rates, rope, stacked,
                                 sum_gates, teach_signal, unit)
 from common.run import opt
-from common.hope.scan import Gram, Norm, SiLU, advance, apart, chunk_rule, decays, shared, together
+from common.hope.lesson import Lesson, SiLU, apart, shared, together
+from common.hope.scan import advance, chunk_rule, decays
 from common.hope.synthetic import Task
 from common.hope.text import BPE
 
@@ -218,23 +219,26 @@ class Rule(NamedTuple):
     boundary: bool = False          # tokens read the state at the chunk's start (NL 90)
 
 
-def learn(Ws, Ss, k, v, eta, log_keep, log_mom, q, rule, residual, own_target):
+def learn(Ws, Ss, k, v, eta, log_keep, log_mom, q, rule, residual, own_target, rates=None):
     """One chunk of a memory's life -> (Ws, Ss, M(q) rows or None, gate [..., 1]: did this chunk write).
 
     Ws: list of [B,H,M,O,I]; k, v, q: [B,H,1,C,K]; eta, log_keep, log_mom: [B,H,1,C] (log_mom None: no
-    momentum).
+    momentum); rates: their decays(), where a memory beside this one has them already.
     own_target: the memory regresses on M(v) at the chunk's start (NL 84) instead of v.  All gradients stand
     at the chunk's first weights (NL 90).
     """
-    Wk, inputs, slopes = recall(Ws, k)
-    error = Wk[-1] - (answer(Ws, v, False) if own_target else v)
-    if residual:
-        error = error + (k - v if own_target else k)
-    gate = error.new_ones(1)
+    n = len(Ws)                                     # Lesson: recall() and surprise() with their backward
+    made = Lesson.apply(residual, own_target, k, v, *Ws)
+    inputs = [k, *made[:n - 1]]
+    Wk, grads, grams, squares, sizes = (made[i:i + n] for i in range(n - 1, 6 * n - 1, n))
+    gate = eta.new_ones(1)
     if rule.threshold:
-        gate = (error.detach().norm(dim=-1).mean(-1, keepdim=True) >= rule.threshold).to(error.dtype)
+        gate = (sizes[-1].detach().mean(-1, keepdim=True) >= rule.threshold).to(eta.dtype)
         eta = eta * gate
-    grads = surprise(Ws, slopes, error)
+    # layer 1 of all M memories is one wide W; the surprise gate gives each its own step, so they part
+    wide, M = eta.shape[2] == 1 and rule.kind == "scan", Ws[0].shape[2]
+    if not wide:
+        Wk, grads = ((apart(rows[0], M, 4).contiguous(), *rows[1:]) for rows in (Wk, grads))
     if rule.kind != "scan":
         out = answer(Ws, q, residual) if q is not None else None
         moved = [chunk_rule(rule.kind, W, S, (eta[..., None] * g).mT @ x, log_keep.sum(-1).exp(), log_mom)
@@ -242,24 +246,22 @@ def learn(Ws, Ss, k, v, eta, log_keep, log_mom, q, rule, residual, own_target):
         return [m[0] for m in moved], [m[1] for m in moved], out, gate
     late = q is not None and not rule.before and not rule.boundary
     early = rule.delta or q is not None and rule.before and not rule.boundary
-    rates, W_new, S_new, h = decays(log_keep, log_mom, early, late), [], [], None if rule.boundary else q
-    for i, (W, S, g, x, Wx) in enumerate(zip(Ws, Ss, grads, inputs, Wk)):
-        gram, square = Gram.apply(x)
+    rates = rates or decays(log_keep, log_mom, early, late)
+    W_new, S_new, h = [], [], None if rule.boundary else q
+    for i, (W, S, g, x, Wx, square, size) in enumerate(zip(Ws, Ss, grads, inputs, Wk, squares, sizes)):
         step = {"proximal": lambda: eta / (1 + eta * square),            # noqa: B023, called at once
                 "unit": lambda: eta / square.clamp(min=1e-4),
                 "none": lambda: eta.expand_as(square)}[rule.normal]()
-        scale = step
+        scale = -step
         if rule.clip:
-            size = Norm.apply(g) * square.clamp(min=1e-12).sqrt()
-            scale = step * (rule.clip / size.clamp(min=rule.clip))
-        # memories that share input and step are one wide W; the surprise gate gives each its own step
-        many = W.shape[2] if x.shape[2] < W.shape[2] and step.shape[2] < W.shape[2] else 0
-        args = (W, S, g * -scale[..., None], Wx)
-        W, S, w, Wx = [together(a, axis) for a, axis in zip(args, (3, 3, 4, 4))] if many else args
-        W_end, S_end, h = advance(W, S, x, w, step if rule.delta else None, rates, Wx,
-                                  F.silu(h) if i and h is not None else h, not rule.before, gram)
-        W_new.append(apart(W_end, many, 3))
-        S_new.append(apart(S_end, many, 3))
+            scale = scale * (rule.clip / (size * square.clamp(min=1e-12).sqrt()).clamp(min=rule.clip))
+        whole = wide and i == 0
+        W, S = (together(a, 3) if whole else a for a in (W, S))
+        scale = scale.expand_as(size).movedim(2, -1)[:, :, None] if whole else scale[..., None]
+        W_end, S_end, h = advance(W, S, x, g, step if rule.delta else None, rates, Wx,
+                                  F.silu(h) if i and h is not None else h, not rule.before, grams[i], scale)
+        W_new.append(apart(W_end, M, 3) if whole else W_end)
+        S_new.append(apart(S_end, M, 3) if whole else S_end)
     if q is not None:
         h = answer(Ws, q, residual) if rule.boundary else (q + h if residual else h)
     return W_new, S_new, h, gate
@@ -296,18 +298,21 @@ class Memory(nn.Module):
         """Tokens until the next write."""
         return self.chunk - (0 if state[2] is None else state[2][1].shape[-2])
 
-    def scan(self, state, *rows):
-        """Take rows (q or None, k, v, eta, log_keep, log_mom or None) of any length -> (M(q)
-        rows or None, state)."""
+    def scan(self, state, *rows, known=()):
+        """Rows (q or None, k, v, eta, log_keep, log_mom or None) of any length -> (M(q) rows or None, state).
+
+        known: decays(log_keep, log_mom, True, False) of chunks that begin here.
+        """
         Ws, Ss, held, gates = state
         new = rows[1].shape[-2]
         if held is not None:
-            rows = [None if r is None else torch.cat([h, r], 3) for h, r in zip(held, rows)]
+            rows, known = [None if r is None else torch.cat([h, r], 3) for h, r in zip(held, rows)], ()
         outs, held = [], None
-        for part in zip(*(itertools.repeat(None) if r is None else r.split(self.chunk, 3) for r in rows)):
+        parts = zip(*(itertools.repeat(None) if r is None else r.split(self.chunk, 3) for r in rows))
+        for part, rates in zip(parts, itertools.chain(known, itertools.repeat(None))):
             whole = part[1].shape[3] == self.chunk
             if whole or rows[0] is not None:
-                W_new, S_new, out, gate = self._chunk(Ws, Ss, part)
+                W_new, S_new, out, gate = self._chunk(Ws, Ss, part, rates)
                 outs.append(out)
             if whole:
                 Ws, Ss, gates = W_new, S_new, [gates[0] + gate.mean(), gates[1] + 1]
@@ -324,9 +329,9 @@ class Memory(nn.Module):
         Ws, Ss, _, gate = self._chunk(Ws, Ss, [None, *held[1:]])
         return Ws, Ss, None, [gates[0] + gate.mean(), gates[1] + 1]
 
-    def _chunk(self, Ws, Ss, part):
+    def _chunk(self, Ws, Ss, part, rates=None):
         q, k, v, eta, log_keep, log_mom = part
-        args = (Ws, Ss, k, v, eta, log_keep, log_mom, q, self.rule, self.residual, self.own_target)
+        args = (Ws, Ss, k, v, eta, log_keep, log_mom, q, self.rule, self.residual, self.own_target, rates)
         if self.remat and self.training:
             return checkpoint(self.body, *args, use_reentrant=False)
         return self.body(*args)
@@ -347,8 +352,7 @@ def inner_rule(cfg, paper, before=False):
 
 
 class Titans(nn.Module):
-    """Titans (LMM): fixed projections make q, k, v; M learns M(k) = v with momentum
-    and forgetting (T 9-15)."""
+    """Titans (LMM): fixed projections make q, k, v; M learns M(k) = v, with momentum, forgetting (T 9-15)."""
 
     def __init__(self, cfg, persistent, gate=True):
         super().__init__()
@@ -383,8 +387,7 @@ class Titans(nn.Module):
 
 
 class MAC(nn.Module):
-    """Memory as context: attention over [P; M(s W_Q); s] inside a segment, then y * M(y)
-    after writing y (T 21-25)."""
+    """Memory as context: attention over [P; M(s W_Q); s] in a segment, y * M(y) after writing y (T 21-25)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -427,8 +430,7 @@ class MAC(nn.Module):
 
 
 class MAG(nn.Module):
-    """Memory as gate: sliding-window attention and memory side by side, multiplied after
-    norm and SiLU (T 26-28)."""
+    """Memory as gate: sliding-window attention and memory, multiplied after norm and SiLU (T 26-28)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -489,25 +491,25 @@ class Hope(nn.Module):
         B, T = x.shape[:2]
         c, tail = self.conv(x, state.get("tail"))
         c = F.silu(c)
-        z = unit(torch.cat([cut(p, self.heads) for p in self.mix(c).split(c.shape[-1], -1)], 2))  # M: 3 or 4
+        z = unit(cut(self.mix(c), self.heads, self.mix.out_features // self.mix.in_features))   # M: 3 or 4
         log_mom = log_sigmoid(rates(self.rate, c, 1)[0]) if self.rate is not None else None
         slow = None if self.slow_gates is None else torch.cat(rates(self.slow_gates, c, 2), 2)
         with torch.autocast(x.device.type, enabled=False):
-            q, k, v, eta, log_keep, maps, gates = self._generate(z, slow, log_mom, state)
+            q, k, v, eta, log_keep, maps, gates, known = self._generate(z, slow, log_mom, state)
             store = state["store"] if "store" in state else self.store.start(B)
-            o, store = self.store.scan(store, q, k, v, eta, log_keep, log_mom)
+            o, store = self.store.scan(store, q, k, v, eta, log_keep, log_mom, known=known)
         y = glue(self.norm(o)).to(x.dtype) * F.silu(self.open(c))
         return self.out(y), dict(tail=tail, maps=maps, gates=gates, store=store)
 
     def _generate(self, z, slow, log_mom, state):
-        """q, k, v, eta, log alpha of every token from the memories at their last boundary;
-        then these learn too."""
+        """q, k, v, eta, log alpha of all tokens from the memories at their last boundary; these learn too."""
         B, T = z.shape[0], z.shape[3]
         maps = state.get("maps") or (self.maps and self.maps.start(B))
         gates = state.get("gates") or (self.gates and self.gates.start(B))
-        index, made = ["qkv".index(n) for n in self.names], []
+        index, made, known = ["qkv".index(n) for n in self.names], [], []
         room = [m.room(s) for m, s in ((self.maps, maps), (self.gates, gates)) if m is not None]
-        sizes = pieces(T, min(room), self.maps.chunk if self.maps else self.gates.chunk) if room else [T]
+        chunk = (self.maps or self.gates or self.store).chunk
+        sizes = pieces(T, min(room), chunk) if room else [T]
         cutting = [[None] * len(sizes) if t is None else t.split(sizes, 3) for t in (z, slow, log_mom)]
         for part, raw, mom in zip(*cutting):
             rows = dict(zip("qkvg", part.split(1, 2)))
@@ -518,11 +520,16 @@ class Hope(nn.Module):
             eta = eta.clamp(0.0, 2.0) if self.hard else F.softplus(eta)
             keep = log_sigmoid(keep) * self.decay
             made.append((rows["q"], rows["k"], rows["v"], eta, keep))
+            write = None, rows["k"], rows["v"], eta, keep, mom
+            whole = room and part.shape[3] == chunk and self.store.rule.kind == "scan"
+            one = [decays(keep, mom, True, False)] if whole else []     # one for all: they forget at one rate
+            known += one
             if maps is not None:
-                maps = self.maps.scan(maps, None, rows["k"], rows["v"], eta, keep, mom)[1]
+                maps = self.maps.scan(maps, *write, known=one)[1]
             if gates is not None:
-                gates = self.gates.scan(gates, None, rows["k"], rows["v"], eta, keep, mom)[1]
-        return *(torch.cat(parts, 3) for parts in zip(*made)), maps, gates
+                gates = self.gates.scan(gates, *write, known=one)[1]
+        known = known if self.store.chunk == chunk == sizes[0] else ()
+        return *(torch.cat(parts, 3) for parts in zip(*made)), maps, gates, known
 
 
 # --- model: feed-forward, blocks -------------------------------------------------------------------
@@ -548,8 +555,7 @@ class CMS(nn.Module):
         self.mix = nn.Parameter(torch.ones(cfg.levels)) if self.wiring == "headwise" else None
 
     def start(self, B):
-        """Fast weights of a fresh context: per level its weights, momenta, rows of the period,
-        and (nested) its start."""
+        """Fast weights of a fresh context: per level weights, momenta, rows of the period, (nested) start."""
         fresh = [[W.expand(B, *W.shape) for W in level] for level in self.levels]
         return [dict(W=Ws, S=[None, None], start=Ws, rows=[], slow=[], updates=0) for Ws in fresh]
 
@@ -574,8 +580,7 @@ class CMS(nn.Module):
                 for level, (n, _), delta in zip(fast, taps, deltas)]
 
     def move(self, fast, end):
-        """Move every level whose period is over at token `end` (0: all of them) -> fast,
-        (gates open, gates seen)."""
+        """Move every level whose period is over at token `end` (0: all) -> fast, (gates open, gates seen)."""
         opened, seen, fast = 0.0, 0, [dict(level) for level in fast]
         for i, level in enumerate(fast):
             if end % self.periods[i] or not level["rows"]:
@@ -595,8 +600,7 @@ class CMS(nn.Module):
         return fast, (opened, seen)
 
     def _write(self, Ws, Ss, x, delta):
-        """One write of rows (x, delta) with the inner rule at keep = 1: W <- W - lr sum_t
-        delta_t x_t^T (NL 71)."""
+        """A write of rows (x, delta), inner rule at keep = 1: W <- W - lr sum_t delta_t x_t^T (NL 71)."""
         rule = inner_rule(self.cfg, "gd")
         through = (lambda t: t) if self.cfg.through_writes else torch.Tensor.detach
         _, inputs, slopes = recall([through(W) for W in Ws], through(x))
@@ -697,8 +701,7 @@ class LM(nn.Module):
         return torch.cat(parts, 1), state, info
 
     def teach(self, state, logits, target, part, info):
-        """Hand each CMS level its teach signal: dL/d(level output), or the head's
-        (softmax - onehot) W for all.
+        """Give a CMS level its teach signal: dL/d(level output) or the head's (softmax - onehot) W for all.
 
         L sums over tokens: signal and gate do not depend on batch or length.  Clipped per token, then scaled.
         """
@@ -727,8 +730,7 @@ class LM(nn.Module):
         return dict(state, blocks=moved)
 
     def remember(self, state, paths=("titan", "cms")):
-        """What a context leaves behind: fast weights only (unfinished chunks written),
-        no caches or positions."""
+        """What a context leaves behind: fast weights (unfinished chunks written), no caches or positions."""
         blocks = []
         for block, past in zip(self.blocks, state["blocks"]):
             kept = dict(mixer=fast_weights(block.mixer, past["mixer"])) if "titan" in paths else {}
@@ -858,6 +860,7 @@ def free_fields():
 def train(cfg):
     ddp = run.init(cfg.device)
     run.keep_freed_memory()                         # a step makes and frees the same few thousand tensors
+    torch.set_flush_denormal(True)                  # decays times small gradients go below 1e-38: slow there
     cost.check(cfg, ddp)
     data = open_data(cfg)
     run.seed_all(cfg.seed)

@@ -5,9 +5,9 @@ length, and the reference.
 
 Config: V 256, D 256, L 4, H 4, T 512, batch 4, CMS 4 x 4, random bytes; a step is forward, backward through
 the writes and AdamW.  Time is process time: the cores are shared and a wall clock would count other people's
-work.  The cost against length keeps the tokens of a step: fewer rows, longer (D 128, L 2), so that both ends
-move the same memory.  Cases of a round run one after the other and ratios are taken within the round (median
-over rounds).
+work.  The cost against length (D 128, L 2) is taken twice: at equal rows, as the sequences of one batch grow,
+and at equal tokens of a step, fewer rows as they are longer.  Cases of a round run one after the other and
+ratios are taken within the round (median over rounds).
 
 DIR (or ONEFILE_NESTED_LEARNING): a checkout of github.com/kmccleary3301/nested_learning; needs omegaconf.
 Its step is that of its training loop, offline: forward, backward, clip, AdamW, teach signal, second forward
@@ -33,6 +33,7 @@ CASES = {"hope": dict(variant="hope"), "hope, CMS width 2D": dict(variant="hope"
          "hope_attention": dict(variant="hope_attention"), "lmm": dict(variant="lmm"),
          "deltanet": dict(variant="deltanet"), "swa": dict(variant="swa"), "full": dict(variant="full")}
 REFERENCE = dict(transformer=512, hope_attention=512, hope_selfmod=128)     # tokens of a row
+ROWS = 4                                            # rows of the longest sequence
 SHORT = "hope, T 128"                               # its self-modifying step takes minutes at 512
 
 
@@ -78,10 +79,11 @@ def reference(root, variant, batch=4, T=512):
     return step, sum(p.numel() for p in net.parameters())
 
 
-def measure(steps):
+def measure(steps, as_shipped=False):
     """Tokens per CPU-second of one call of each step function, a round."""
     rates = {}
     for name, step in steps.items():
+        torch.set_flush_denormal(not (as_shipped and name.startswith("reference")))
         began = time.process_time()
         tokens = step()
         rates[name] = tokens / (time.process_time() - began)
@@ -89,26 +91,38 @@ def measure(steps):
     return rates
 
 
+def by_length(lengths, equal_tokens):
+    """(rows, T) of every length; the longest has ROWS rows."""
+    return [(ROWS * max(lengths) // T if equal_tokens else ROWS, T) for T in lengths]
+
+
+def named(rows, T):
+    return f"{rows} x {T}"
+
+
 def case(what, ratio, value, goal, met):
     return dict(what=what, ratio=ratio, value=value, goal=goal, met=met(value, goal), agree=True)
 
 
 def cases(median, lengths, paired):
-    """The issue's goals; `paired`: the reference ran in the same rounds."""
+    """The issue's goals; `paired`: the reference's models that ran in the same rounds."""
     at_least, at_most = (lambda v, goal: v >= goal), (lambda v, goal: v <= goal)
     over = lambda a, b: median(lambda r: r[a] / r[b])   # noqa: E731
-    first, last = str(lengths[0]), str(lengths[-1])
-    found = dict(length=case(f"HOPE, cost of a token at T={last} over T={first}", "T long / short",
-                             over(first, last), 1.15, at_most),
-                 speed=case("HOPE, tokens a CPU-second (a rate, not a ratio)", "hope",
+    found = dict(speed=case("HOPE, tokens a CPU-second (a rate, not a ratio)", "hope",
                             median(lambda r: r["hope"]), 1000.0, at_least))
+    for kind in ("rows", "tokens") if len(lengths) > 1 else ():
+        first, last = (named(*by_length(lengths, kind == "tokens")[i]) for i in (0, -1))
+        found[f"length_equal_{kind}"] = case(f"HOPE, cost of a token at T={lengths[-1]} over T={lengths[0]}, "
+                                             f"equal {kind} a step", "T long / short", over(first, last),
+                                             1.15, at_most)
     if not paired:
         return found | dict(reference=dict(skipped="no checkout of kmccleary3301/nested_learning named"))
     for name, ours, theirs, goal in (("selfmod", SHORT, "hope_selfmod", 25.0),
                                      ("attention", "hope", "hope_attention", 2.5),
                                      ("transformer", "full", "transformer", 1.0)):
-        found[name] = case(f"{ours} over the reference's {theirs}, offline", "tokens a CPU-second",
-                           over(ours, f"reference {theirs}"), goal, at_least)
+        if theirs in paired:
+            found[name] = case(f"{ours} over the reference's {theirs}, offline", "tokens a CPU-second",
+                               over(ours, f"reference {theirs}"), goal, at_least)
     return found
 
 
@@ -118,28 +132,32 @@ def main():
     p.add_argument("--json", default="")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--only", default=";".join(CASES), help="cases, separated by ;")
+    p.add_argument("--theirs", default=";".join(REFERENCE), help="its models; hope_selfmod is slow")
+    p.add_argument("--as-shipped", action="store_true", help="denormals are flushed for ours alone, as each "
+                   "one's training does; else for both")
     p.add_argument("--lengths", default="256,512,1024,2048,4096")
     p.add_argument("--reference", default=os.environ.get("ONEFILE_NESTED_LEARNING", ""))
     args = p.parse_args()
     torch.set_num_threads(1)
-    run.keep_freed_memory()
+    run.keep_freed_memory()                         # as train() does, for ours and the reference alike
     lengths = [int(x) for x in args.lengths.split(",")]
     made = {name: stepper(**CASES[name]) for name in args.only.split(";")}
     made |= {SHORT: stepper(T=128, **CASES["hope"])} if args.reference else {}
-    by_length = {str(T): stepper(2 * max(lengths) // T, T, width=128, depth=2, heads=2, cms_levels=2)[0]
-                 for T in lengths}
-    theirs = {f"reference {name}": reference(args.reference, name, T=T)
-              for name, T in REFERENCE.items()} if args.reference else {}
-    steps = {name: step for name, (step, _) in made.items()} | by_length
+    shapes = dict.fromkeys(by_length(lengths, False) + by_length(lengths, True))
+    grown = {named(*shape): stepper(*shape, width=128, depth=2, heads=2, cms_levels=2)[0] for shape in shapes}
+    paired = args.theirs.split(";") if args.reference else []
+    theirs = {f"reference {name}": reference(args.reference, name, T=REFERENCE[name]) for name in paired}
+    steps = {name: step for name, (step, _) in made.items()} | grown
     measure(steps)                                  # warm-up; the reference's steps are long enough without
     steps |= {name: step for name, (step, _) in theirs.items()}
-    rounds = [measure(steps) for _ in range(args.rounds)]
+    rounds = [measure(steps, args.as_shipped) for _ in range(args.rounds)]
     median = lambda f: statistics.median(f(r) for r in rounds)   # noqa: E731
     out = dict(tokens_per_cpu_s={k: median(lambda r: r[k])
                                  for k in made | theirs},    # noqa: B023, called at once
                params={k: n for k, (_, n) in (made | theirs).items()},
-               hope_by_length={k: median(lambda r: r[k]) for k in by_length},          # noqa: B023
-               rounds=rounds, torch=torch.__version__, cases=cases(median, lengths, bool(theirs)))
+               hope_by_length={k: median(lambda r: r[k]) for k in grown},          # noqa: B023
+               rounds=rounds, torch=torch.__version__, as_shipped=args.as_shipped,
+               cases=cases(median, lengths, paired))
     print(json.dumps(out, indent=1))
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps(out, indent=1))

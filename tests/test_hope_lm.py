@@ -18,7 +18,7 @@ from forked import command
 
 import hope_lm as h
 from common import run
-from common.hope import corpus, optim, sidecar, text
+from common.hope import corpus, lesson, optim, sidecar, text
 from common.hope.blocks import delta_net
 
 torch.set_num_threads(1)
@@ -212,6 +212,47 @@ def test_backward_of_a_chunk_is_its_gradient(delta, momentum, again, asked, late
                          q if asked else None, late)
         return tuple(m for m in made if m is not None)
     assert torch.autograd.gradcheck(chunk, inputs, atol=1e-6)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("residual,own", [(True, True), (False, True), (True, False), (False, False)])
+def test_a_lesson_is_recall_and_surprise_and_its_backward_their_gradient(depth, residual, own):
+    """Two stacked memories of one input, values against the lines of the script, gradient by differences."""
+    g = torch.Generator().manual_seed(depth)
+    r = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_()    # noqa: E731
+    k, v, Ws = r(1, 1, 1, 2, 3), r(1, 1, 1, 2, 3), [r(1, 1, 2, 3, 3) for _ in range(depth)]
+    made = lesson.Lesson.apply(residual, own, k, v, *Ws)
+    outputs, inputs, slopes = h.recall(Ws, k)
+    error = outputs[-1] - (h.answer(Ws, v, False) if own else v)
+    error = error + (k - v if own else k) if residual else error
+    grads = h.surprise(Ws, slopes, error)
+    wide = lambda rows: [lesson.together(rows[0], 4), *rows[1:]]    # noqa: E731
+    want = [*inputs[1:], *wide(outputs), *wide(grads), *(x @ x.mT for x in inputs),
+            *(x.square().sum(-1) for x in inputs), *(e.norm(dim=-1) for e in grads)]
+    assert len(made) == len(want)
+    for a, b in zip(made, want):
+        assert a.shape == b.shape and (a - b).abs().max() < 1e-12
+    assert torch.autograd.gradcheck(lambda *rows: lesson.Lesson.apply(residual, own, *rows), (k, v, *Ws),
+                                    atol=1e-6)
+
+
+def test_silu_and_its_slope_have_their_gradient():
+    z = torch.linspace(-6, 6, 13, dtype=torch.float64, requires_grad=True)
+    y, slope = lesson.SiLU.apply(z)
+    assert (y - F.silu(z)).abs().max() < 1e-14 and (slope - silu_prime(z)).abs().max() < 1e-14
+    assert torch.autograd.gradcheck(lesson.SiLU.apply, z)
+
+
+def test_unit_rows_and_their_gradient_are_those_of_normalize():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 5, generator=g, dtype=torch.float64)
+    x[1] *= 1e-8                                    # shorter than eps: divided by eps, no direction to keep
+    x = x.requires_grad_()
+    upstream = torch.randn(4, 5, generator=g, dtype=torch.float64)
+    ours, theirs = h.unit(x), F.normalize(x, dim=-1, eps=1e-6)
+    assert torch.equal(ours, theirs)
+    a, b = (torch.autograd.grad(y, x, upstream)[0] for y in (ours, theirs))
+    assert ((a - b).abs() <= 1e-12 * b.abs().amax(-1, keepdim=True)).all()
 
 
 @pytest.mark.parametrize("variant", h.VARIANTS)

@@ -17,14 +17,32 @@ from common.flags import UserError
 from common.hope.scan import advance, decays
 
 
+class Unit(torch.autograd.Function):
+    """y = x / max(|x|, 1e-6), with a backward of half of F.normalize's passes: (g - y y.g) / |x|."""
+
+    @staticmethod
+    def forward(ctx, x):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        size = norm.clamp(min=1e-6)
+        y = (x / size).contiguous()
+        ctx.save_for_backward(y, size, norm)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        y, size, norm = ctx.saved_tensors
+        along = (g * y).sum(-1, keepdim=True) * (norm >= 1e-6)      # below: a mere factor
+        return torch.addcmul(g, y, along, value=-1).div_(size)
+
+
 def unit(x):
-    return F.normalize(x, dim=-1, eps=1e-6)
+    return Unit.apply(x)
 
 
-def cut(x_BTD, heads):
-    """[B, T, D] -> float [B, H, 1, T, K]: states and solves stay in float32 under autocast."""
+def cut(x_BTD, heads, parts=1):
+    """[B, T, parts D] -> float [B, H, parts, T, K]: states and solves stay in float32 under autocast."""
     B, T, D = x_BTD.shape
-    x = x_BTD.view(B, T, heads, 1, D // heads).permute(0, 2, 3, 1, 4)
+    x = x_BTD.unflatten(-1, (parts, heads, D // parts // heads)).permute(0, 3, 2, 1, 4)
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 

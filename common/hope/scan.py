@@ -34,63 +34,6 @@ class End(NamedTuple):
     RH: torch.Tensor | None
 
 
-class SiLU(torch.autograd.Function):
-    """s(z) = z sigmoid(z) and its slope s'(z): a memory's own gradient needs both and is differentiated."""
-
-    @staticmethod
-    def forward(ctx, z):
-        y, slope = F.silu(z), torch.ops.aten.silu_backward(z.new_ones(()).expand_as(z), z)
-        ctx.save_for_backward(z, y, slope)
-        ctx.set_materialize_grads(False)
-        return y, slope
-
-    @staticmethod
-    def backward(ctx, gy, gslope):
-        z, y, slope = ctx.saved_tensors
-        grad = gy * slope if gy is not None else torch.zeros_like(z)
-        if gslope is not None:                      # s'' = (1 - p)(p + s' - s p), p = sigmoid
-            p = torch.sigmoid(z)
-            second = torch.addcmul(slope, y, p, value=-1).add_(p)
-            grad.addcmul_(p.neg_().add_(1).mul_(gslope), second)
-        return grad
-
-
-class Norm(torch.autograd.Function):
-    """|g| of every row, with a backward of one pass; a zero row gets a zero gradient."""
-
-    @staticmethod
-    def forward(ctx, g):
-        norm = torch.linalg.vector_norm(g, dim=-1)
-        ctx.save_for_backward(g, norm)
-        return norm
-
-    @staticmethod
-    def backward(ctx, grad):
-        g, norm = ctx.saved_tensors
-        return g * (grad / norm.clamp(min=torch.finfo(g.dtype).tiny))[..., None]
-
-
-class Gram(torch.autograd.Function):
-    """Rows x [..., C, I] -> x x^T [..., C, C] and its diagonal |x|^2 [..., C]."""
-
-    @staticmethod
-    def forward(ctx, x):
-        gram = x @ x.mT
-        ctx.save_for_backward(x)
-        ctx.set_materialize_grads(False)
-        return gram, gram.diagonal(dim1=-2, dim2=-1).clone()
-
-    @staticmethod
-    def backward(ctx, grad, gsquare):
-        x, = ctx.saved_tensors
-        if grad is None:
-            return None if gsquare is None else 2 * gsquare[..., None] * x
-        grad = grad + grad.mT
-        if gsquare is not None:
-            grad.diagonal(dim1=-2, dim2=-1).add_(gsquare, alpha=2)
-        return grad @ x
-
-
 class Ratios(torch.autograd.Function):
     """exp(row_t - column_i) for i <= t + diagonal, else 0: [..., C], [..., C] -> [..., C, C]."""
 
@@ -150,20 +93,37 @@ def add(a, b):
     return b if a is None else a if b is None else a + b
 
 
+def seen(at, scores):
+    """What a row sees of the writes before it, and of their corrections: C and R times the scores."""
+    past = at.R * scores
+    return past if at.C is None else at.C * scores, past
+
+
+def written(end, w, u):
+    """Rows of everything the chunk leaves in W: C w + R u."""
+    rows = (end.R if end.C is None else end.C)[..., None] * w
+    return rows if u is None else rows.addcmul_(end.R[..., None], u)
+
+
+def paced(g, scale):
+    """Write rows w = g scale; scale [..., C, M]: that of each of M memories side by side, or None for 1."""
+    return g if scale is None else (g.unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]).flatten(-2)
+
+
 class Chunk(torch.autograd.Function):
-    """advance() with its backward by hand; W, S, x, w, q share their leading axes, the rates may broadcast.
+    """advance() with its backward by hand; W, S, x, g, q share their leading axes, the rates may broadcast.
 
     see, past: what row t sees of write i and of correction i, C_ti and R_ti times x_t.x_i or q_t.x_i.
+    Products are kept for the backward, what is elementwise is done again: reading it back would cost more.
     """
 
     @staticmethod
-    def forward(ctx, late, W, S, x, gram, w, rho, Wx, q, *rates):
+    def forward(ctx, late, W, S, x, gram, g, scale, rho, Wx, q, *rates):
         ctx.set_materialize_grads(False)
         before, now, end = Decay(*rates[:4]), Decay(*rates[4:8]), End(*rates[8:])
-        u = T = r = out = first = second = None
+        w, u, T, r, out, score = paced(g, scale), None, None, None, None, None
         if rho is not None:
-            past = before.R * gram
-            see = past if before.C is None else before.C * gram
+            see, past = seen(before, gram)
             right = acc(before.A[..., None] * Wx, see, w)
             if S is not None:
                 acc(right, before.B[..., None] * x, S.mT)
@@ -171,41 +131,35 @@ class Chunk(torch.autograd.Function):
             eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
             T = torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True)
             r = T @ right
-            u, first = r * -rho[..., None], (see, past)
+            u = r * -rho[..., None]
         if q is not None:
             at, score = now if late else before, q @ x.mT
-            past = at.R * score
-            see = past if at.C is None else at.C * score
+            see, past = seen(at, score)
             out = acc((at.A[..., None] * q) @ W.mT, see, w)
             if u is not None:
                 acc(out, past, u)
             if S is not None:
                 acc(out, at.B[..., None] * q, S.mT)
-            second = score, see, past
-        rows = (end.R if end.C is None else end.C)[..., None] * w
-        if u is not None:
-            rows.addcmul_(end.R[..., None], u)
-        W_new, S_new = acc(end.A[..., None, None] * W, rows.mT, x), None
+        W_new, S_new = acc(end.A[..., None, None] * W, written(end, w, u).mT, x), None
         if end.H is not None:
             S_new = acc(None if S is None else end.H[..., None, None] * S, (end.RH[..., None] * w).mT, x)
             if S is not None:
                 W_new.addcmul_(end.B[..., None, None], S)
-        ctx.late, ctx.sizes = late, (2 * (first is not None), 3 * (second is not None))
-        ctx.save_for_backward(W, S, x, gram, w, rho, Wx, q, u, T, r, rows, *rates, *(first or ()),
-                              *(second or ()))
+        ctx.late = late
+        ctx.save_for_backward(W, S, x, gram, g, scale, rho, Wx, q, T, r, score, *rates)
         return W_new, S_new, out
 
     @staticmethod
     def backward(ctx, gW_new, gS_new, gout):
-        W, S, x, gram, w, rho, Wx, q, u, T, r, rows, *rest = ctx.saved_tensors
-        before, now, end, kept = Decay(*rest[:4]), Decay(*rest[4:8]), End(*rest[8:14]), rest[14:]
-        first, second = kept[:ctx.sizes[0]], kept[ctx.sizes[0]:]
-        gW = gS = gx = ggram = gw = gu = gq = grho = gWx = None
+        W, S, x, gram, g, scale, rho, Wx, q, T, r, score, *rates = ctx.saved_tensors
+        before, now, end = Decay(*rates[:4]), Decay(*rates[4:8]), End(*rates[8:])
+        w, u = paced(g, scale), None if rho is None else r * -rho[..., None]
+        gW = gS = gx = ggram = gw = gu = gq = grho = gWx = gscale = None
         g_now, g_before, g_end = [None] * 4, [None] * 4, [None] * 6     # of A, B, C, R (, H, RH)
         dot = lambda a, b: (a * b).sum((-1, -2))    # noqa: E731
         if gW_new is not None:
             gW, g_end[0] = end.A[..., None, None] * gW_new, dot(gW_new, W)
-            gx, grows = rows @ gW_new, x @ gW_new.mT
+            gx, grows = written(end, w, u) @ gW_new, x @ gW_new.mT
             gw = (end.R if end.C is None else end.C)[..., None] * grows
             along = (grows * w).sum(-1)
             if u is not None:
@@ -220,7 +174,8 @@ class Chunk(torch.autograd.Function):
             if S is not None:
                 gS, g_end[4] = plus(gS, end.H[..., None, None], gS_new), dot(gS_new, S)
         if gout is not None:
-            (at, g_at), (score, see, past) = (now, g_now) if ctx.late else (before, g_before), second
+            at, g_at = (now, g_now) if ctx.late else (before, g_before)
+            see, past = seen(at, score)
             gqW = gout @ W
             gq, g_at[0] = at.A[..., None] * gqW, (gqW * q).sum(-1)
             gW, gw = acc(gW, gout.mT, at.A[..., None] * q), acc(gw, see.mT, gout)
@@ -243,7 +198,7 @@ class Chunk(torch.autograd.Function):
                 g_at[1], gq = (gqS * q).sum(-1), plus(gq, at.B[..., None], gqS)
                 gS = acc(gS, gout.mT, at.B[..., None] * q)
         if gu is not None:                  # r = (I + past rho)^-1 right, u = -rho r
-            see, past = first
+            see, past = seen(before, gram)
             gright, grho = T.mT @ (gu * -rho[..., None]), -(gu * r).sum(-1)
             gpast = gright @ r.mT           # minus the gradient of past rho
             grho = grho - (gpast * past).sum(-2)
@@ -262,42 +217,29 @@ class Chunk(torch.autograd.Function):
                 gB, gx = (gxS * x).sum(-1), plus(gx, before.B[..., None], gxS)
                 gS = acc(gS, gright.mT, before.B[..., None] * x)
             g_before = [add(a, b) for a, b in zip(g_before, (gA, gB, gC, gR))]
-        grads = [gW, gS, gx, ggram, gw, grho, gWx, gq, *g_before, *g_now, *g_end]
-        likes = [W, S, x, gram, w, rho, Wx, q, *before, *now, *end]
-        return None, *(into(g, like) for g, like in zip(grads, likes))
+        gg = gw
+        if scale is not None and gw is not None:
+            gg, gscale = paced(gw, scale), (gw * g).unflatten(-1, (scale.shape[-1], -1)).sum(-1)
+        grads = [gW, gS, gx, ggram, gg, gscale, grho, gWx, gq, *g_before, *g_now, *g_end]
+        likes = [W, S, x, gram, g, scale, rho, Wx, q, *before, *now, *end]
+        return None, *(into(grad, like) for grad, like in zip(grads, likes))
 
 
-def together(x, axis):
-    """M stacked memories [B,H,M,..] as one wide one: M joins the outputs, axis 3 of a W and 4 of rows."""
-    return None if x is None else x.movedim(2, axis - 1).flatten(axis - 1, axis)[:, :, None]
+def advance(W, S, x, g, rho, rates, Wx=None, q=None, late=True, gram=None, scale=None):
+    """A chunk of writes w x^T, w = g [scale], and corrections -rho (W x) x^T -> (W [..,O,I], S, out).
 
-
-def apart(x, M, axis):
-    """together() undone; M 0: as it is."""
-    return x if x is None or not M else x[:, :, 0].unflatten(axis - 1, (M, -1)).movedim(axis - 1, 2)
-
-
-def shared(W, z):
-    """W z of stacked memories [B,H,M,O,I] on rows z [B,H,M or 1,C,I]; one z for all: one product."""
-    if z.shape[2] == W.shape[2]:
-        return z @ W.mT
-    return apart(z @ together(W, 3).mT, W.shape[2], 4).contiguous()
-
-
-def advance(W, S, x, w, rho, rates, Wx=None, q=None, late=True, gram=None):
-    """A chunk of writes w x^T and corrections -rho (W x) x^T -> (W [..,O,I], S, out).
-
-    W, S: [..., O, I] at the chunk's start (S None: zero, or no momentum); x [..., C, I]; w [..., C, O];
-    rho [..., C] or None; rates: decays(...); Wx, gram: x W^T and x x^T where they are known already.  out:
-    W_t q_t of every token's q [..., C, I], after its write (late) or before it.  The corrections u_t = -rho_t
-    r_t, r = W_{t-1} x_t, solve (I + R_{t-1,i} rho_i x_i.x_t) r = A_{t-1} W x + B_{t-1} S x + (C * x x^T) w.
+    W, S: [..., O, I] at the chunk's start (S None: zero, or no momentum); x [..., C, I]; g [..., C, O]; scale
+    [..., C, M]: paced(); rho [..., C] or None; rates: decays(...); Wx, gram: x W^T and x x^T where they are
+    known already.  out: W_t q_t of every token's q [..., C, I], after its write (late) or before it.
+    The corrections u_t = -rho_t r_t, r = W_{t-1} x_t, solve (I + R_{t-1,i} rho_i x_i.x_t) r = A_{t-1} W x +
+    B_{t-1} S x + (C * x x^T) w.
     """
     before, now, end = (r or [None] * 4 for r in rates)
     x = x.expand(*W.shape[:-2], *x.shape[-2:])
     if rho is not None:
         Wx = x @ W.mT if Wx is None else Wx
-        gram = (Gram.apply(x)[0] if gram is None else gram).expand(*x.shape[:-1], x.shape[-2])
-    return Chunk.apply(late, W, S, x, gram, w, rho, Wx, q, *before, *now, *end)
+        gram = (x @ x.mT if gram is None else gram).expand(*x.shape[:-1], x.shape[-2])
+    return Chunk.apply(late, W, S, x, gram, g, scale, rho, Wx, q, *before, *now, *end)
 
 
 def chunk_rule(kind, W, S, g, keep, log_mom):
