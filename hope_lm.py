@@ -309,10 +309,10 @@ class Memory(nn.Module):
             rows, known = [None if r is None else torch.cat([h, r], 3) for h, r in zip(held, rows)], ()
         outs, held = [], None
         parts = zip(*(itertools.repeat(None) if r is None else r.split(self.chunk, 3) for r in rows))
-        for part, rates in zip(parts, itertools.chain(known, itertools.repeat(None))):
+        for part, decay in zip(parts, itertools.chain(known, itertools.repeat(None))):
             whole = part[1].shape[3] == self.chunk
             if whole or rows[0] is not None:
-                W_new, S_new, out, gate = self._chunk(Ws, Ss, part, rates)
+                W_new, S_new, out, gate = self._chunk(Ws, Ss, part, decay)
                 outs.append(out)
             if whole:
                 Ws, Ss, gates = W_new, S_new, [gates[0] + gate.mean(), gates[1] + 1]

@@ -8,7 +8,6 @@ B sequences  H heads  M memories  C tokens of a chunk  K head width  O, I rows o
 """
 
 import torch
-import torch.nn.functional as F
 
 from common.hope.scan import acc, add
 
