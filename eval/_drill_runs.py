@@ -4,19 +4,15 @@ A run is a forked child that executes SCRIPT.py as __main__ under its own sys.ar
 without the seconds that importing torch takes and in which nothing is written.
 """
 
-import atexit
 import contextlib
 import hashlib
 import json
 import os
-import runpy
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +21,7 @@ import torch
 from common.ckpt import verify
 from common.run import UserError, load_weights
 from eval._drill_worker import harm, rng_of
+from eval._forked import become
 from eval._shared import ROOT, as_flags, load, read_log
 
 TIMEOUT_S = 300
@@ -94,28 +91,9 @@ class Script:
         return pids
 
     def _child(self, out, command, rank, ranks, port):
-        status = 1
-        atexit._clear()                     # the parent's: a child that ran them would empty its folders
-        try:
-            os.setpgid(0, 0)
-            log = os.open(self.log_of(out), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-            if ranks > 1:
-                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
-                                  MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            sys.argv = [self.path.name, command, *self.flags, "--out", str(out)]
-            runpy.run_path(str(self.path), run_name="__main__")
-            status = 0
-        except SystemExit as stop:
-            status = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            with contextlib.suppress(Exception):
-                sys.stdout.flush(), sys.stderr.flush()
-            os._exit(status)
+        os.setpgid(0, 0)
+        log = os.open(self.log_of(out), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        become(self.path, [command, *self.flags, "--out", out], log, log, ranks, rank, port)
 
     def run(self, out, command=None, ranks=1):
         """(exit status of rank 0, what was said); status None when it hung."""
