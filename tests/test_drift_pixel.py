@@ -550,7 +550,7 @@ def test_ddp_and_fsdp2_train_the_same_weights(images, tmp_path):
         assert torch.allclose(ends["fsdp2"][name], value, atol=5e-5), name
 
 
-def test_a_run_cut_over_ranks_continues_on_as_many_only(images, tmp_path):
+def test_a_run_cut_over_ranks_by_fsdp2_continues_on_as_many_only(images, tmp_path):
     cfg = config(data=images, out=str(tmp_path / "x"), shard="fsdp2", steps=2, mae_steps=2)
     script("mae", *flags(cfg), ranks=2, check=0)
     ckpt = tmp_path / "x" / "mae" / "ckpt" / "00000002"
