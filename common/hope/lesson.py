@@ -189,7 +189,7 @@ class Lesson(torch.autograd.Function):
                 gate = (sizes[-1].mean(-1, keepdim=True) >= plan.threshold).to(eta.dtype)
                 gates.append(gate)
             scale = scaled(plan, step, square, sizes[0], gate)[0]
-            torch.mul(g[0], scale[..., None], out=apart(w[..., at], M, 4))
+            apart(w[..., at], M, 4).copy_(g[0] * scale[..., None])
             for y, answer, t, size in zip(x, z[1:], g[1:], sizes[1:]):
                 x_k = y[..., :C, :]
                 grams = x_k @ x_k.mT

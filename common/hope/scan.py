@@ -35,10 +35,11 @@ class End(NamedTuple):
 
 
 class Ratios(torch.autograd.Function):
-    """exp(row_t - column_i) for i <= t + diagonal, else 0: [..., C], [..., C] -> [..., C, C]."""
+    """exp(row_t - column_i) for i <= t + diagonal, else 0: [..., C], [..., C] (None: row) -> [..., C, C]."""
 
     @staticmethod
     def forward(ctx, row, column, diagonal):
+        ctx.two, column = column is not None, row if column is None else column
         hide = row.new_full((row.shape[-1], row.shape[-1]), -torch.inf).triu_(diagonal + 1)
         out = (row[..., :, None] - column[..., None, :]).add_(hide).exp_()
         ctx.save_for_backward(out)
@@ -47,7 +48,8 @@ class Ratios(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad = grad * ctx.saved_tensors[0]
-        return grad.sum(-1), -grad.sum(-2), None
+        row, column = grad.sum(-1), -grad.sum(-2)
+        return (row, column, None) if ctx.two else (row + column, None, None)
 
 
 def decays(log_keep, log_mom=None, before=True, now=True):
@@ -58,7 +60,7 @@ def decays(log_keep, log_mom=None, before=True, now=True):
     total = log_keep.cumsum(-1)
     if log_mom is not None:
         momentum = log_mom.cumsum(-1)
-        H, RH = momentum.exp()[..., None], Ratios.apply(momentum, momentum, 0)
+        H, RH = momentum.exp()[..., None], Ratios.apply(momentum, None, 0)
 
     def at(log, diagonal):
         R = Ratios.apply(log, total, diagonal)
