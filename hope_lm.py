@@ -37,9 +37,10 @@ from common import run
 from common.hope import corpus, cost, optim, sidecar, text
 from common.hope.blocks import (Attention, Conv, DeltaNet, RMSNorm, SwiGLU, cut, detached, glue,
                                 inverse_softplus, linear, log_sigmoid, nll, pieces, rates, rope, stacked,
-                                sum_gates, teach_signal, unit)
+                                sum_gates, teach_signal)
 from common.run import opt
 from common.hope.lesson import Lesson, Plan, SiLU, alone, apart, asks, shared, sides, summed
+from common.hope.passes import rms_norm, unit
 from common.hope.scan import advance, chunk_rule, decays
 from common.hope.synthetic import Task
 from common.hope.text import BPE
@@ -583,7 +584,7 @@ class CMS(nn.Module):
         taps, total = [], x
         for i, level in enumerate(self.levels):
             W_in, W_out = level if fast is None else (W.mT for W in fast[i]["W"])
-            n = F.rms_norm(x if self.mix is None else total, x.shape[-1:])
+            n = rms_norm(x if self.mix is None else total)
             y = F.linear(F.silu(F.linear(n, W_in)), W_out) if fast is None else F.silu(n @ W_in) @ W_out
             taps.append((n, y))
             x = x + (y if self.mix is None else self.mix[i] * y)
@@ -776,6 +777,15 @@ def fast_weights(module, state):
     return kept
 
 
+def compiled(net):
+    """--compile: the life of a chunk as one graph (minutes, once); on a CPU without Python between its parts."""
+    cpu = next(net.parameters()).device.type == "cpu"
+    body = torch.compile(learn, options=dict(cpp_wrapper=True) if cpu else None)
+    for family in (f for m in net.modules() for f in vars(m).values() if isinstance(f, Family)):
+        family.body = body
+    return net
+
+
 def build(cfg):
     """The model of a Config; --params sizes the feed-forward to that many parameters (within 1%)."""
     return LM(sized(cfg))
@@ -886,9 +896,7 @@ def train(cfg):
     run.seed_all(cfg.seed)
     net = build(cfg).to(ddp.device)
     if cfg.compile:
-        body = torch.compile(learn)
-        for family in (f for m in net.modules() for f in vars(m).values() if isinstance(f, Family)):
-            family.body = body
+        compiled(net)
     if cfg.stack:
         stack(net, cfg.stack)
     size = sum(p.numel() for p in net.parameters())

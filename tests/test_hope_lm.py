@@ -18,7 +18,7 @@ from forked import command
 
 import hope_lm as h
 from common import run
-from common.hope import corpus, lesson, optim, sidecar, text
+from common.hope import corpus, lesson, optim, passes, sidecar, text
 from common.hope.blocks import delta_net
 
 torch.set_num_threads(1)
@@ -283,6 +283,24 @@ def test_a_lesson_is_recall_and_surprise_and_its_backward_their_gradient(depth, 
     for a, b in zip(got, want):
         assert a.shape == b.shape and (a - b).abs().max() < 1e-12
     assert torch.autograd.gradcheck(made, (k, v, eta, *flat), atol=1e-6)
+
+
+@pytest.mark.parametrize("P,T", [(0, 6), (0, 2), (3, 1), (3, 5)])
+def test_convolution_and_its_gradient(P, T):
+    g = torch.Generator().manual_seed(0)
+    x, kernel = (torch.randn(*s, generator=g, dtype=torch.float64, requires_grad=True)
+                 for s in ((2, P + T, 3), (4, 3)))
+    want = F.conv1d(F.pad(x.mT, (3, 0)), kernel.T[:, None], groups=3).mT[:, P:]
+    assert (passes.Taps.apply(x, kernel, T) - want).abs().max() < 1e-14
+    assert torch.autograd.gradcheck(lambda x, kernel: passes.Taps.apply(x, kernel, T), (x, kernel))
+
+
+def test_root_mean_square_and_its_gradient():
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(*s, generator=g, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 8), (8,)))
+    assert (h.rms_norm(x, w, 0.1) - F.rms_norm(x, (8,), w, 0.1)).abs().max() < 1e-14
+    assert (h.rms_norm(x) - F.rms_norm(x, (8,))).abs().max() < 1e-14
+    assert torch.autograd.gradcheck(lambda x, w: h.rms_norm(x, w, 0.1), (x, w))
 
 
 def test_silu_and_its_slope_have_their_gradient():

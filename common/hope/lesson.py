@@ -40,8 +40,8 @@ def slope(p, y):
 
 def bend(p, y, first):
     """s''(z) = (1 - p)(2 s' - y)."""
-    turn = torch.sub(y, first, alpha=2)
-    return torch.addcmul(turn.neg(), turn, p)
+    turn = torch.lerp(y, first, 2.0)                # one pass: y + 2 (s' - y)
+    return torch.addcmul(turn, turn, p, value=-1)
 
 
 def together(x, axis):
@@ -171,12 +171,12 @@ class Lesson(torch.autograd.Function):
         kept, made, gates, at = [], [], [], slice(0, 0)
         for j, (M, O, residual) in enumerate(plan.groups):
             Vs, at = deep[j * n:j * n + n], slice(at.stop, at.stop + M * O)
-            z, p, x = [apart(wide[..., at], M, 4)], [], []
+            z, p, x = [apart(wide[..., at], M, 4).contiguous()], [], []
             for V in Vs:
-                p.append(torch.sigmoid(z[-1], out=z[-1].new_empty(z[-1].shape)))
-                x.append(torch.mul(z[-1], p[-1], out=torch.empty_like(p[-1])))
+                p.append(torch.sigmoid(z[-1]))
+                x.append(z[-1] * p[-1])
                 z.append(x[-1] @ V.mT)
-            error = (z[-1][..., :C, :] - (z[-1][..., C:, :] if plan.own else v)).contiguous()
+            error = z[-1][..., :C, :] - (z[-1][..., C:, :] if plan.own else v)
             if residual:
                 error += k - v if plan.own else k
             g, before = [error], []                             # before: g_{i+1} W_{i+1}, without the slope
