@@ -41,7 +41,7 @@ from common.hope.blocks import (Attention, Conv, DeltaNet, RMSNorm, SwiGLU, cut,
 from common.run import opt
 from common.hope.lesson import Lesson, Plan, SiLU, alone, apart, asks, shared, sides, summed
 from common.hope.passes import rms_norm, unit
-from common.hope.scan import advance, chunk_rule, decays
+from common.hope.scan import advance, chunk_rule, decays, pick
 from common.hope.synthetic import Task
 from common.hope.text import BPE
 
@@ -91,6 +91,8 @@ class Config:
     surprise: str = opt("loss", "what the CMS gate weighs", ("loss", "delta", "entropy"))
     surprise_threshold: float = opt(0.0, "no write below this surprise (nats a token, or |M(k)-v|); 0: off")
     decay: bool = opt(True, "memories forget; off is the ablation")
+    forget: str = opt("all", "what decay and erasure act on: the whole memory (NL 88, T 13), or what was written",
+                      ("all", "written"))
     remat: str = opt("none", "recompute activations in backward", ("none", "block", "chunk"))
     hidden_width: int = opt(0, "feed-forward hidden width; 0: from --cms-mult (CMS) or 8/3 D (SwiGLU)")
     # data
@@ -220,15 +222,16 @@ class Rule(NamedTuple):
     boundary: bool = False          # tokens read the state at the chunk's start (NL 90)
 
 
-def learn(plan, rule, Ws, Ss, k, v, eta, log_keep, log_mom, q):
+def learn(plan, rule, base, Ws, Ss, k, v, eta, log_keep, log_mom, q):
     """One chunk of the life of a family -> (Ws, Ss, M(q) rows or None, gates: which memories wrote).
 
     Ws, Ss: as in a Family's state; k, v, q: [B,H,1,C,K]; eta, log_keep, log_mom: [B,H,1,C] (log_mom None: no
     momentum).  q asks the last memory of the first group.  All gradients stand at the chunk's first weights
-    (NL 90).
+    (NL 90).  base [1,H,..]: initial weights of which Ws is the difference (--forget written), else None.
     """
+    now = Ws if base is None else [W + W0 for W, W0 in zip(Ws, base)]
     # Lesson: recall() and surprise() with their backward; of layer 1 all memories have the same input k
-    Wk, w, step, gram, *made, gates = Lesson.apply(plan, k, v, eta, *Ws)
+    Wk, w, step, gram, *made, gates = Lesson.apply(plan, k, v, eta, *now)
     layers = [(k, Wk, w, step, gram), *(made[i:i + 5] for i in range(0, len(made), 5))]
     depth = plan.depth(Ws)
     shut = sides(plan, gates, depth)
@@ -236,18 +239,19 @@ def learn(plan, rule, Ws, Ss, k, v, eta, log_keep, log_mom, q):
     rates = decays(log_keep, log_mom, rule.delta or early, late) if rule.kind == "scan" else None
     W_new, S_new, h = [], [], q if early or late else None
     for i, (W, S, (x, Wx, w, step, gram)) in enumerate(zip(Ws, Ss, layers)):
-        asked = i < depth and h is not None
         if rule.kind != "scan":
             W, S = summed(plan, rule.kind, W, S, x, w, log_keep, log_mom, wide=i == 0)
         else:
-            W, S, out = advance(W, S, x, w, step if rule.delta else None, rates, Wx,
-                                (F.silu(h) if i else h) if asked else None, late, gram, shut[i], asks(plan, i))
-            h = out if asked else h
+            part, z = asks(plan, i), (F.silu(h) if i else h) if i < depth and h is not None else None
+            W, S, out = advance(W, S, x, w, step if rule.delta else None, rates, Wx if base is None else None, z,
+                                late, gram, shut[i], part)
+            if z is not None:
+                h = out if base is None else out + z @ pick(base[i], part, -2).mT
         W_new.append(W)
         S_new.append(S)
     if q is not None:
         residual = plan.groups[0][2]
-        h = answer(alone(plan, Ws)[1], q, residual) if rule.boundary else q + h if residual else h
+        h = answer(alone(plan, now)[1], q, residual) if rule.boundary else q + h if residual else h
     return W_new, S_new, h, gates
 
 
@@ -271,7 +275,8 @@ class Family:
     """Memories that learn the same rows: one pass over a chunk teaches all.  q asks the last of the first kind.
 
     A state is (Ws, Ss, rows of the unfinished chunk, [gates open, gates seen]).  Ws: layer 1 of all memories,
-    one wide [B,H,1,O,I]; then, kind by kind, deeper layers stacked [B,H,M,O,I].
+    one wide [B,H,1,O,I]; then, kind by kind, deeper layers stacked [B,H,M,O,I]; --forget written: of all these
+    the difference from the initial weights.
     """
 
     def __init__(self, cfg, chunk, rule, *members, own_target=True):
@@ -280,17 +285,25 @@ class Family:
         exact = (rule.normal, rule.clip) if rule.kind == "scan" else ("none", 0.0)
         groups = ((sum(m.count for m in g), g[0].sizes[1], g[0].residual) for g in self.groups)
         self.plan = Plan(tuple(groups), own_target, *exact, rule.threshold)
-        self.remat, self.body = cfg.remat == "chunk", learn
+        self.remat, self.written, self.body = cfg.remat == "chunk", cfg.forget == "written", learn
 
-    def start(self, B):
+    def initial(self):
+        """The memories as parameters have them, laid out as a state's Ws: [1,H,1,O,I], [1,H,M,O,I], ..."""
         wide = torch.cat([m.layers[0].flatten(1, 2) for g in self.groups for m in g], 1)[:, None]
         Ws = [wide] + [torch.cat(Ws, 1) for g in self.groups for Ws in zip(*(m.layers[1:] for m in g))]
-        Ws = [(W if W.dtype == torch.float64 else W.float()).expand(B, *W.shape).contiguous() for W in Ws]
+        return [(W if W.dtype == torch.float64 else W.float())[None] for W in Ws]
+
+    def start(self, B):
+        Ws = [W.expand(B, *W.shape[1:]).contiguous() for W in self.initial()]
+        Ws = [torch.zeros_like(W) for W in Ws] if self.written else Ws
         return Ws, [None] * len(Ws), None, [0.0, 0]
+
+    def weights(self, Ws):
+        return [W + W0 for W, W0 in zip(Ws, self.initial())] if self.written else Ws
 
     def recall(self, state, asked):
         """What memories answer as they stand: {memory: z [B,H,M or 1,C,K]} -> {memory: M(z)}."""
-        (wide, *deep), depth = state[0], self.plan.depth(state[0])
+        (wide, *deep), depth = self.weights(state[0]), self.plan.depth(state[0])
         wide = iter(wide.split([m.count * m.sizes[1] for g in self.groups for m in g], 3))
         deep, said = iter(deep), {}
         for group in self.groups:
@@ -318,7 +331,7 @@ class Family:
         parts = list(zip(*(itertools.repeat(None) if r is None else r.split(self.chunk, 3) for r in rows)))
         for i, part in enumerate(parts):
             if part[1].shape[3] == self.chunk and not (over and i == len(parts) - 1):
-                Ws, Ss, out, gate = self._chunk(self.plan, Ws, Ss, part)
+                Ws, Ss, out, gate = self._chunk(Ws, Ss, part)
                 gates = [gates[0] + gate.mean(), gates[1] + 1]
             else:
                 held, out = part, None
@@ -333,17 +346,19 @@ class Family:
         Ws, Ss, held, gates = state
         if held is None:
             return state
-        Ws, Ss, _, gate = self._chunk(self.plan, Ws, Ss, [None, *held[1:]])
+        Ws, Ss, _, gate = self._chunk(Ws, Ss, [None, *held[1:]])
         return Ws, Ss, None, [gates[0] + gate.mean(), gates[1] + 1]
 
     def _ask(self, Ws, Ss, part):
         if self.rule.boundary:
-            return answer(alone(self.plan, Ws)[1], part[0], self.plan.groups[0][2])
-        return self._chunk(*alone(self.plan, Ws, Ss), part)[2]
+            return answer(alone(self.plan, self.weights(Ws))[1], part[0], self.plan.groups[0][2])
+        return self._chunk(Ws, Ss, part, one=True)[2]
 
-    def _chunk(self, plan, Ws, Ss, part):
-        q, *rows = part
-        args = (plan, self.rule, Ws, Ss, *rows, q)
+    def _chunk(self, Ws, Ss, part, one=False):
+        (q, *rows), plan, base = part, self.plan, self.initial() if self.written else None
+        if one:
+            plan, Ws, Ss, base = alone(plan, Ws, Ss, base)
+        args = (plan, self.rule, base, Ws, Ss, *rows, q)
         if self.remat and self.groups[0][0].training:
             return checkpoint(self.body, *args, use_reentrant=False)
         return self.body(*args)

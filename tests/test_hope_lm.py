@@ -210,7 +210,7 @@ def test_gradcheck_of_one_chunk():
 
     def chunk(W1, W2, *rows):
         q, k, v, eta, keep, mom = rows
-        Ws, Ss, out, _ = h.learn(plan, rule, [W1, W2], [None, None], k, v, eta, keep.log(),
+        Ws, Ss, out, _ = h.learn(plan, rule, None, [W1, W2], [None, None], k, v, eta, keep.log(),
                                  mom.clamp(min=1e-3).log(), q)
         return *Ws, *Ss, out
     assert torch.autograd.gradcheck(chunk, (*Ws, q, k, v, eta, keep, mom), atol=1e-6)

@@ -74,11 +74,11 @@ class Plan(NamedTuple):
         return 1 + (len(Ws) - 1) // len(self.groups)
 
 
-def alone(plan, Ws, Ss=None):
-    """The memory that q asks, by itself: the last of the first group -> plan, Ws, Ss."""
+def alone(plan, *lists):
+    """The memory that q asks, by itself: the last of the first group -> plan, Ws (Ss, ...; None as it is)."""
     M, O, residual = plan.groups[0]
     last = lambda W, i: W if W is None else W[:, :, M - 1:] if i else W[..., M * O - O:M * O, :]    # noqa: E731
-    one = [None if Xs is None else [last(X, i) for i, X in enumerate(Xs[:plan.depth(Ws)])] for Xs in (Ws, Ss)]
+    one = [Ws and [last(W, i) for i, W in enumerate(Ws[:plan.depth(Ws)])] for Ws in lists]
     return plan._replace(groups=((1, O, residual),)), *one
 
 
