@@ -359,7 +359,7 @@ class Family:
         args = (plan, self.rule, base, Ws, Ss, *rows, q)
         if self.remat and self.groups[0][0].training:
             return checkpoint(self.body, *args, use_reentrant=False)
-        return self.body(*args)
+        return (self.body if torch.is_grad_enabled() else learn)(*args)     # --compile is for training
 
 
 # --- model: sequence mixers ------------------------------------------------------------------------
