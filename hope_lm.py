@@ -387,7 +387,11 @@ class Titans(nn.Module):
 
 
 class MAC(nn.Module):
-    """Memory as context: attention over [P; M(s W_Q); s] in a segment, y * M(y) after writing y (T 21-25)."""
+    """Memory as context: attention over [P; M(s W_Q); s] in a segment, y * M(y) after writing y (T 21-25).
+
+    The product is MAG's gate (T 4.2), and attention is a block with a residual (T 4.4): what an untrained
+    attention returns is one average for all tokens, and a memory that reads it alone cannot tell them apart.
+    """
 
     def __init__(self, cfg):
         super().__init__()
@@ -395,7 +399,7 @@ class MAC(nn.Module):
         self.heads = cfg.heads
         self.qkv, self.query = linear(D, 3 * D), linear(D, D)
         self.persistent = nn.Parameter(torch.randn(cfg.persistent, D) * 0.02)
-        self.core = Titans(cfg, 0, gate=False)
+        self.norm, self.core = RMSNorm(D), Titans(cfg, 0, gate=False)
 
     def forward(self, x, state):
         memory, outs, lo = self.core.memory, [], 0
@@ -406,8 +410,9 @@ class MAC(nn.Module):
             with torch.autocast(x.device.type, enabled=False):
                 h = memory.recall(core["memory"], unit(cut(self.query(s), self.heads)))
             y, cache = self._attend(s, glue(h).to(x.dtype), cache)
-            m, core = self.core.scan(y, core)
-            outs.append(self.core.out(y * m))
+            y = self.norm(s + y)
+            m, core = self.core.scan(y, core)               # m is normalised there
+            outs.append(self.core.out(F.silu(y) * F.silu(m)))
             cache = None if memory.room(core["memory"]) == memory.chunk else cache
             lo += s.shape[1]
         return torch.cat(outs, 1), dict(core=core, cache=cache)
