@@ -37,10 +37,11 @@ from common import run
 from common.hope import corpus, cost, optim, sidecar, text
 from common.hope.blocks import (Attention, Conv, DeltaNet, RMSNorm, SwiGLU, cut, detached, glue,
                                 inverse_softplus, linear, log_sigmoid, nll, pieces, rates, rope, stacked,
-                                sum_gates, teach_signal, unit)
+                                sum_gates, teach_signal)
 from common.run import opt
-from common.hope.lesson import Lesson, SiLU, apart, shared, together
-from common.hope.scan import advance, chunk_rule, decays
+from common.hope.lesson import Lesson, Plan, SiLU, alone, apart, asks, shared, sides, summed
+from common.hope.passes import rms_norm, unit
+from common.hope.scan import advance, chunk_rule, decays, pick
 from common.hope.synthetic import Task
 from common.hope.text import BPE
 
@@ -90,6 +91,8 @@ class Config:
     surprise: str = opt("loss", "what the CMS gate weighs", ("loss", "delta", "entropy"))
     surprise_threshold: float = opt(0.0, "no write below this surprise (nats a token, or |M(k)-v|); 0: off")
     decay: bool = opt(True, "memories forget; off is the ablation")
+    forget: str = opt("all", "what decay and erasure act on: the whole memory (NL 88, T 13), or what was written",
+                      ("all", "written"))
     remat: str = opt("none", "recompute activations in backward", ("none", "block", "chunk"))
     hidden_width: int = opt(0, "feed-forward hidden width; 0: from --cms-mult (CMS) or 8/3 D (SwiGLU)")
     # data
@@ -219,105 +222,122 @@ class Rule(NamedTuple):
     boundary: bool = False          # tokens read the state at the chunk's start (NL 90)
 
 
-def learn(Ws, Ss, k, v, eta, log_keep, log_mom, q, rule, residual, own_target, rates=None):
-    """One chunk of a memory's life -> (Ws, Ss, M(q) rows or None, gate [..., 1]: did this chunk write).
+def learn(plan, rule, base, Ws, Ss, k, v, eta, log_keep, log_mom, q):
+    """One chunk of the life of a family -> (Ws, Ss, M(q) rows or None, gates: which memories wrote).
 
-    Ws: list of [B,H,M,O,I]; k, v, q: [B,H,1,C,K]; eta, log_keep, log_mom: [B,H,1,C] (log_mom None: no
-    momentum); rates: their decays(), where a memory beside this one has them already.
-    own_target: the memory regresses on M(v) at the chunk's start (NL 84) instead of v.  All gradients stand
-    at the chunk's first weights (NL 90).
+    Ws, Ss: as in a Family's state; k, v, q: [B,H,1,C,K]; eta, log_keep, log_mom: [B,H,1,C] (log_mom None: no
+    momentum).  q asks the last memory of the first group.  All gradients stand at the chunk's first weights
+    (NL 90).  base [1,H,..]: initial weights of which Ws is the difference (--forget written), else None.
     """
-    n = len(Ws)                                     # Lesson: recall() and surprise() with their backward
-    made = Lesson.apply(residual, own_target, k, v, *Ws)
-    inputs = [k, *made[:n - 1]]
-    Wk, grads, grams, squares, sizes = (made[i:i + n] for i in range(n - 1, 6 * n - 1, n))
-    gate = eta.new_ones(1)
-    if rule.threshold:
-        gate = (sizes[-1].detach().mean(-1, keepdim=True) >= rule.threshold).to(eta.dtype)
-        eta = eta * gate
-    # layer 1 of all M memories is one wide W; the surprise gate gives each its own step, so they part
-    wide, M = eta.shape[2] == 1 and rule.kind == "scan", Ws[0].shape[2]
-    if not wide:
-        Wk, grads = ((apart(rows[0], M, 4).contiguous(), *rows[1:]) for rows in (Wk, grads))
-    if rule.kind != "scan":
-        out = answer(Ws, q, residual) if q is not None else None
-        moved = [chunk_rule(rule.kind, W, S, (eta[..., None] * g).mT @ x, log_keep.sum(-1).exp(), log_mom)
-                 for W, S, g, x in zip(Ws, Ss, grads, inputs)]
-        return [m[0] for m in moved], [m[1] for m in moved], out, gate
-    late = q is not None and not rule.before and not rule.boundary
-    early = rule.delta or q is not None and rule.before and not rule.boundary
-    rates = rates or decays(log_keep, log_mom, early, late)
-    W_new, S_new, h = [], [], None if rule.boundary else q
-    for i, (W, S, g, x, Wx, square, size) in enumerate(zip(Ws, Ss, grads, inputs, Wk, squares, sizes)):
-        step = {"proximal": lambda: eta / (1 + eta * square),            # noqa: B023, called at once
-                "unit": lambda: eta / square.clamp(min=1e-4),
-                "none": lambda: eta.expand_as(square)}[rule.normal]()
-        scale = -step
-        if rule.clip:
-            scale = scale * (rule.clip / (size * square.clamp(min=1e-12).sqrt()).clamp(min=rule.clip))
-        whole = wide and i == 0
-        W, S = (together(a, 3) if whole else a for a in (W, S))
-        scale = scale.expand_as(size).movedim(2, -1)[:, :, None] if whole else scale[..., None]
-        W_end, S_end, h = advance(W, S, x, g, step if rule.delta else None, rates, Wx,
-                                  F.silu(h) if i and h is not None else h, not rule.before, grams[i], scale)
-        W_new.append(apart(W_end, M, 3) if whole else W_end)
-        S_new.append(apart(S_end, M, 3) if whole else S_end)
+    now = Ws if base is None else [W + W0 for W, W0 in zip(Ws, base)]
+    # Lesson: recall() and surprise() with their backward; of layer 1 all memories have the same input k
+    Wk, w, step, gram, *made, gates = Lesson.apply(plan, k, v, eta, *now)
+    layers = [(k, Wk, w, step, gram), *(made[i:i + 5] for i in range(0, len(made), 5))]
+    depth = plan.depth(Ws)
+    shut = sides(plan, gates, depth)
+    early, late = (q is not None and not rule.boundary and rule.before == when for when in (True, False))
+    rates = decays(log_keep, log_mom, rule.delta or early, late) if rule.kind == "scan" else None
+    W_new, S_new, h = [], [], q if early or late else None
+    for i, (W, S, (x, Wx, w, step, gram)) in enumerate(zip(Ws, Ss, layers)):
+        if rule.kind != "scan":
+            W, S = summed(plan, rule.kind, W, S, x, w, log_keep, log_mom, wide=i == 0)
+        else:
+            part, z = asks(plan, i), (F.silu(h) if i else h) if i < depth and h is not None else None
+            W, S, out = advance(W, S, x, w, step if rule.delta else None, rates, Wx if base is None else None, z,
+                                late, gram, shut[i], part)
+            if z is not None:
+                h = out if base is None else out + z @ pick(base[i], part, -2).mT
+        W_new.append(W)
+        S_new.append(S)
     if q is not None:
-        h = answer(Ws, q, residual) if rule.boundary else (q + h if residual else h)
-    return W_new, S_new, h, gate
+        residual = plan.groups[0][2]
+        h = answer(alone(plan, now)[1], q, residual) if rule.boundary else q + h if residual else h
+    return W_new, S_new, h, gates
 
 
 class Memory(nn.Module):
-    """`count` MLP memories a head.  The parameters are initial states: the outer loop learns where to start.
+    """`count` MLP memories a head.  The parameters are initial states: the outer loop learns where to start."""
 
-    A state is (Ws, Ss, rows of the unfinished chunk, [gates open, gates seen]); start() makes a fresh one.
-    """
-
-    def __init__(self, cfg, chunk, rule, count=1, scalar=False, residual=True, own_target=True):
+    def __init__(self, cfg, count=1, scalar=False, residual=True):
         super().__init__()
         K = cfg.width // cfg.heads
         hidden = max(1, int(cfg.memory_width * K) // (4 if scalar else 1))  # a scalar needs fewer features
-        sizes = [K] + [hidden] * (cfg.memory_depth - 1) + [1 if scalar else K]
-        self.chunk, self.rule, self.residual, self.own_target = chunk, rule, residual, own_target
-        self.layers = nn.ParameterList(torch.randn(cfg.heads, count, o, i) for i, o in zip(sizes, sizes[1:]))
+        self.sizes = [K] + [hidden] * (cfg.memory_depth - 1) + [1 if scalar else K]
+        self.count, self.residual, sizes = count, residual, zip(self.sizes, self.sizes[1:])
+        self.layers = nn.ParameterList(torch.randn(cfg.heads, count, o, i) for i, o in sizes)
         with torch.no_grad():                       # keys are unit vectors: unit rows keep s() in its range
             for W in self.layers[:-1]:
                 W.mul_(0.5)
             self.layers[-1].mul_(0.02)              # near the identity (residual) or near zero
-        self.remat, self.body = cfg.remat == "chunk", learn
+
+
+class Family:
+    """Memories that learn the same rows: one pass over a chunk teaches all.  q asks the last of the first kind.
+
+    A state is (Ws, Ss, rows of the unfinished chunk, [gates open, gates seen]).  Ws: layer 1 of all memories,
+    one wide [B,H,1,O,I]; then, kind by kind, deeper layers stacked [B,H,M,O,I]; --forget written: of all these
+    the difference from the initial weights.
+    """
+
+    def __init__(self, cfg, chunk, rule, *members, own_target=True):
+        kinds = itertools.groupby(members, lambda m: (m.sizes, m.residual))
+        self.chunk, self.rule, self.groups = chunk, rule, [list(group) for _, group in kinds]
+        exact = (rule.normal, rule.clip) if rule.kind == "scan" else ("none", 0.0)
+        groups = ((sum(m.count for m in g), g[0].sizes[1], g[0].residual) for g in self.groups)
+        self.plan = Plan(tuple(groups), own_target, *exact, rule.threshold)
+        self.remat, self.written, self.body = cfg.remat == "chunk", cfg.forget == "written", learn
+
+    def initial(self):
+        """The memories as parameters have them, laid out as a state's Ws: [1,H,1,O,I], [1,H,M,O,I], ..."""
+        wide = torch.cat([m.layers[0].flatten(1, 2) for g in self.groups for m in g], 1)[:, None]
+        Ws = [wide] + [torch.cat(Ws, 1) for g in self.groups for Ws in zip(*(m.layers[1:] for m in g))]
+        return [(W if W.dtype == torch.float64 else W.float())[None] for W in Ws]
 
     def start(self, B):
-        Ws = [(W if W.dtype == torch.float64 else W.float()).expand(B, *W.shape).contiguous()
-              for W in self.layers]
+        Ws = [W.expand(B, *W.shape[1:]).contiguous() for W in self.initial()]
+        Ws = [torch.zeros_like(W) for W in Ws] if self.written else Ws
         return Ws, [None] * len(Ws), None, [0.0, 0]
 
-    def recall(self, state, z):
-        return answer(state[0], z, self.residual)
+    def weights(self, Ws):
+        return [W + W0 for W, W0 in zip(Ws, self.initial())] if self.written else Ws
+
+    def recall(self, state, asked):
+        """What memories answer as they stand: {memory: z [B,H,M or 1,C,K]} -> {memory: M(z)}."""
+        (wide, *deep), depth = self.weights(state[0]), self.plan.depth(state[0])
+        wide = iter(wide.split([m.count * m.sizes[1] for g in self.groups for m in g], 3))
+        deep, said = iter(deep), {}
+        for group in self.groups:
+            stacks = [V.split([m.count for m in group], 2) for V in itertools.islice(deep, depth - 1)]
+            for i, m in enumerate(group):
+                Ws = [apart(next(wide), m.count, 3), *(stack[i] for stack in stacks)]
+                if m in asked:
+                    said[m] = answer(Ws, asked[m], m.residual)
+        return said
 
     def room(self, state):
         """Tokens until the next write."""
         return self.chunk - (0 if state[2] is None else state[2][1].shape[-2])
 
-    def scan(self, state, *rows, known=()):
+    def scan(self, state, *rows, over=False):
         """Rows (q or None, k, v, eta, log_keep, log_mom or None) of any length -> (M(q) rows or None, state).
 
-        known: decays(log_keep, log_mom, True, False) of chunks that begin here.
+        over: nothing continues this context, so a write after its last token is left out.
         """
         Ws, Ss, held, gates = state
         new = rows[1].shape[-2]
         if held is not None:
-            rows, known = [None if r is None else torch.cat([h, r], 3) for h, r in zip(held, rows)], ()
+            rows = [None if r is None else torch.cat([h, r], 3) for h, r in zip(held, rows)]
         outs, held = [], None
-        parts = zip(*(itertools.repeat(None) if r is None else r.split(self.chunk, 3) for r in rows))
-        for part, decay in zip(parts, itertools.chain(known, itertools.repeat(None))):
-            whole = part[1].shape[3] == self.chunk
-            if whole or rows[0] is not None:
-                W_new, S_new, out, gate = self._chunk(Ws, Ss, part, decay)
-                outs.append(out)
-            if whole:
-                Ws, Ss, gates = W_new, S_new, [gates[0] + gate.mean(), gates[1] + 1]
+        parts = list(zip(*(itertools.repeat(None) if r is None else r.split(self.chunk, 3) for r in rows)))
+        for i, part in enumerate(parts):
+            if part[1].shape[3] == self.chunk and not (over and i == len(parts) - 1):
+                Ws, Ss, out, gate = self._chunk(Ws, Ss, part)
+                gates = [gates[0] + gate.mean(), gates[1] + 1]
             else:
-                held = part
+                held, out = part, None
+                if part[0] is not None:             # nothing is written: ask the one memory alone
+                    out = self._ask(Ws, Ss, part)
+            outs.append(out)
         out = torch.cat(outs, 3)[..., -new:, :] if rows[0] is not None else None
         return out, (Ws, Ss, held, gates)
 
@@ -329,10 +349,17 @@ class Memory(nn.Module):
         Ws, Ss, _, gate = self._chunk(Ws, Ss, [None, *held[1:]])
         return Ws, Ss, None, [gates[0] + gate.mean(), gates[1] + 1]
 
-    def _chunk(self, Ws, Ss, part, rates=None):
-        q, k, v, eta, log_keep, log_mom = part
-        args = (Ws, Ss, k, v, eta, log_keep, log_mom, q, self.rule, self.residual, self.own_target, rates)
-        if self.remat and self.training:
+    def _ask(self, Ws, Ss, part):
+        if self.rule.boundary:
+            return answer(alone(self.plan, self.weights(Ws))[1], part[0], self.plan.groups[0][2])
+        return self._chunk(Ws, Ss, part, one=True)[2]
+
+    def _chunk(self, Ws, Ss, part, one=False):
+        (q, *rows), plan, base = part, self.plan, self.initial() if self.written else None
+        if one:
+            plan, Ws, Ss, base = alone(plan, Ws, Ss, base)
+        args = (plan, self.rule, base, Ws, Ss, *rows, q)
+        if self.remat and self.groups[0][0].training:
             return checkpoint(self.body, *args, use_reentrant=False)
         return self.body(*args)
 
@@ -364,7 +391,8 @@ class Titans(nn.Module):
         bias = torch.tensor([inverse_softplus(cfg.eta), 4.5, 0.0])      # theta, forgetting, momentum
         self.bias = nn.Parameter(bias[:, None, None].repeat(1, H, 1))
         self.persistent = nn.Parameter(torch.randn(persistent, D) * 0.02) if persistent else None
-        self.memory = Memory(cfg, cfg.chunk, inner_rule(cfg, "momentum"), residual=False, own_target=False)
+        self.memory = Memory(cfg, residual=False)
+        self.family = Family(cfg, cfg.chunk, inner_rule(cfg, "momentum"), self.memory, own_target=False)
 
     def scan(self, x, state):
         """Write x into the memory and read it back, token by token -> ([B, T, D], state)."""
@@ -372,15 +400,16 @@ class Titans(nn.Module):
         q, k, v = (cut(p, self.heads) for p in F.silu(c).chunk(3, -1))
         theta, keep, mom = (r + b[:, None] for r, b in zip(rates(self.rate, x, 3), self.bias))
         with torch.autocast(x.device.type, enabled=False):
-            memory = state["memory"] if "memory" in state else self.memory.start(len(x))
-            o, memory = self.memory.scan(memory, unit(q), unit(k), v, F.softplus(theta),
-                                         log_sigmoid(keep) * self.decay,
-                                         log_sigmoid(mom) if self.memory.rule.momentum else None)
-        return glue(self.norm(o)).to(x.dtype), dict(tail=tail, memory=memory)
+            fast = state["family"] if "family" in state else self.family.start(len(x))
+            o, fast = self.family.scan(fast, unit(q), unit(k), v, F.softplus(theta),
+                                       log_sigmoid(keep) * self.decay,
+                                       log_sigmoid(mom) if self.family.rule.momentum else None,
+                                       over=state.get("over", False))
+        return glue(self.norm(o)).to(x.dtype), dict(tail=tail, family=fast)
 
     def forward(self, x, state):
         n = 0
-        if not state and self.persistent is not None:       # the fixed tokens [P; x] enter the memory first
+        if "family" not in state and self.persistent is not None:   # the fixed tokens [P; x] enter the memory first
             x, n = torch.cat([self.persistent.to(x.dtype).expand(len(x), -1, -1), x], 1), len(self.persistent)
         y, state = self.scan(x, state)
         return self.out(y[:, n:] * F.silu(self.open(x[:, n:]))), state
@@ -402,18 +431,18 @@ class MAC(nn.Module):
         self.norm, self.core = RMSNorm(D), Titans(cfg, 0, gate=False)
 
     def forward(self, x, state):
-        memory, outs, lo = self.core.memory, [], 0
-        core = state.get("core") or dict(tail=None, memory=memory.start(len(x)))
+        memory, family, outs, lo = self.core.memory, self.core.family, [], 0
+        core = state.get("core") or dict(tail=None, family=family.start(len(x)))
         cache = state.get("cache")
         while lo < x.shape[1]:                              # segments end where the memory writes
-            s = x[:, lo:lo + memory.room(core["memory"])]
+            s = x[:, lo:lo + family.room(core["family"])]
             with torch.autocast(x.device.type, enabled=False):
-                h = memory.recall(core["memory"], unit(cut(self.query(s), self.heads)))
+                h = family.recall(core["family"], {memory: unit(cut(self.query(s), self.heads))})[memory]
             y, cache = self._attend(s, glue(h).to(x.dtype), cache)
             y = self.norm(s + y)
             m, core = self.core.scan(y, core)               # m is normalised there
             outs.append(self.core.out(F.silu(y) * F.silu(m)))
-            cache = None if memory.room(core["memory"]) == memory.chunk else cache
+            cache = None if family.room(core["family"]) == family.chunk else cache
             lo += s.shape[1]
         return torch.cat(outs, 1), dict(core=core, cache=cache)
 
@@ -479,16 +508,23 @@ class Hope(nn.Module):
         # or of eta that is reflected by its own writes is another map after every odd number of them.
         steady = rule._replace(normal="proximal") if rule.normal == "unit" else rule
         self.rate = linear(D, H, bias=True) if rule.momentum else None
-        self.maps = Memory(cfg, cfg.chunk_self, steady, count=len(self.names)) if self.names else None
+        self.maps = Memory(cfg, len(self.names)) if self.names else None
         self.gates, self.slow_gates = None, linear(D, 2 * H)
         if "g" in cfg.adapt:
-            self.gates = Memory(cfg, cfg.chunk_self, steady, 2, scalar=True, residual=False)
+            self.gates = Memory(cfg, 2, scalar=True, residual=False)
             self.slow_gates = None
         # unit: a step of exactly 0 or 2 must be in reach; 1.98 multiplies by -0.98 and fades with length
         self.hard = cfg.normal == "unit"
         bias = torch.tensor([cfg.eta if self.hard else inverse_softplus(cfg.eta), 4.5])     # alpha: 0.99
         self.bias = nn.Parameter(bias[:, None, None, None].repeat(1, H, 1, 1))
-        self.store = Memory(cfg, cfg.chunk, rule)
+        self.store = Memory(cfg)
+        makers = [m for m in (self.maps, self.gates) if m is not None]
+        if not makers or (cfg.chunk, rule) == (cfg.chunk_self, steady):     # all learn the same rows alike
+            members = [m for m in (self.maps, self.store, self.gates) if m is not None]
+            self.family, self.answers = Family(cfg, cfg.chunk, rule, *members), None
+        else:
+            self.family = Family(cfg, cfg.chunk_self, steady, *makers)
+            self.answers = Family(cfg, cfg.chunk, rule, self.store)
         self.open, self.norm, self.out = linear(D, D), RMSNorm(D // H), linear(D, D, cfg.out_std)
         self.decay = float(cfg.decay)
 
@@ -499,42 +535,41 @@ class Hope(nn.Module):
         z = unit(cut(self.mix(c), self.heads, self.mix.out_features // self.mix.in_features))   # M: 3 or 4
         log_mom = log_sigmoid(rates(self.rate, c, 1)[0]) if self.rate is not None else None
         slow = None if self.slow_gates is None else torch.cat(rates(self.slow_gates, c, 2), 2)
+        fast, answers = state.get("family") or self.family.start(B), state.get("answers")
+        over = state.get("over", False)
         with torch.autocast(x.device.type, enabled=False):
-            q, k, v, eta, log_keep, maps, gates, known = self._generate(z, slow, log_mom, state)
-            store = state["store"] if "store" in state else self.store.start(B)
-            o, store = self.store.scan(store, q, k, v, eta, log_keep, log_mom, known=known)
+            o, rows, fast = self._generate(z, slow, log_mom, fast, over)
+            if self.answers is not None:
+                o, answers = self.answers.scan(answers or self.answers.start(B), *rows, log_mom, over=over)
         y = glue(self.norm(o)).to(x.dtype) * F.silu(self.open(c))
-        return self.out(y), dict(tail=tail, maps=maps, gates=gates, store=store)
+        return self.out(y), dict(tail=tail, family=fast, answers=answers)
 
-    def _generate(self, z, slow, log_mom, state):
-        """q, k, v, eta, log alpha of all tokens from the memories at their last boundary; these learn too."""
-        B, T = z.shape[0], z.shape[3]
-        maps = state.get("maps") or (self.maps and self.maps.start(B))
-        gates = state.get("gates") or (self.gates and self.gates.start(B))
-        index, made, known = ["qkv".index(n) for n in self.names], [], []
-        room = [m.room(s) for m, s in ((self.maps, maps), (self.gates, gates)) if m is not None]
-        chunk = (self.maps or self.gates or self.store).chunk
-        sizes = pieces(T, min(room), chunk) if room else [T]
+    def _generate(self, z, slow, log_mom, fast, over):
+        """q, k, v, eta, log alpha of all tokens from the memories at their last boundary; these learn too.
+
+        -> (M(q) rows where the store is one of the family, else None; the rows otherwise; state)
+        """
+        family, index, made, outs = self.family, ["qkv".index(n) for n in self.names], [], []
+        makes = self.maps is not None or self.gates is not None
+        sizes = pieces(z.shape[3], family.room(fast), family.chunk) if makes else [z.shape[3]]
         cutting = [[None] * len(sizes) if t is None else t.split(sizes, 3) for t in (z, slow, log_mom)]
-        for part, raw, mom in zip(*cutting):
+        for i, (part, raw, mom) in enumerate(zip(*cutting)):
             rows = dict(zip("qkvg", part.split(1, 2)))
-            if maps is not None:
-                rows.update(zip(self.names, unit(self.maps.recall(maps, part[:, :, index])).split(1, 2)))
-            raw = raw if gates is None else self.gates.recall(gates, rows["g"])[..., 0]
+            asked = {m: z for m, z in ((self.maps, part[:, :, index]), (self.gates, rows.get("g"))) if m}
+            said = family.recall(fast, asked)
+            if self.maps is not None:
+                rows.update(zip(self.names, unit(said[self.maps]).split(1, 2)))
+            raw = raw if self.gates is None else said[self.gates][..., 0]
             eta, keep = (r + b for r, b in zip(raw.split(1, 2), self.bias))
             eta = eta.clamp(0.0, 2.0) if self.hard else F.softplus(eta)
-            keep = log_sigmoid(keep) * self.decay
-            made.append((rows["q"], rows["k"], rows["v"], eta, keep))
-            write = None, rows["k"], rows["v"], eta, keep, mom
-            whole = room and part.shape[3] == chunk and self.store.rule.kind == "scan"
-            one = [decays(keep, mom, True, False)] if whole else []     # one for all: they forget at one rate
-            known += one
-            if maps is not None:
-                maps = self.maps.scan(maps, *write, known=one)[1]
-            if gates is not None:
-                gates = self.gates.scan(gates, *write, known=one)[1]
-        known = known if self.store.chunk == chunk == sizes[0] else ()
-        return *(torch.cat(parts, 3) for parts in zip(*made)), maps, gates, known
+            row = rows["q"], rows["k"], rows["v"], eta, log_sigmoid(keep) * self.decay
+            q = rows["q"] if self.answers is None else None
+            out, fast = family.scan(fast, q, *row[1:], mom, over=over and i == len(sizes) - 1)
+            outs.append(out)
+            made.append(row)
+        if self.answers is None:
+            return torch.cat(outs, 3), None, fast
+        return None, [torch.cat(parts, 3) for parts in zip(*made)], fast
 
 
 # --- model: feed-forward, blocks -------------------------------------------------------------------
@@ -569,7 +604,7 @@ class CMS(nn.Module):
         taps, total = [], x
         for i, level in enumerate(self.levels):
             W_in, W_out = level if fast is None else (W.mT for W in fast[i]["W"])
-            n = F.rms_norm(x if self.mix is None else total, x.shape[-1:])
+            n = rms_norm(x if self.mix is None else total)
             y = F.linear(F.silu(F.linear(n, W_in)), W_out) if fast is None else F.silu(n @ W_in) @ W_out
             taps.append((n, y))
             x = x + (y if self.mix is None else self.mix[i] * y)
@@ -670,7 +705,8 @@ class LM(nn.Module):
     def forward(self, tokens_BT, state=None):
         x, blocks = F.embedding(tokens_BT, self.embed), []
         for i, block in enumerate(self.blocks):
-            past = {} if state is None else state["blocks"][i]
+            # over: no one will continue a context whose state is not asked for
+            past = dict(mixer=dict(over=True)) if state is None else state["blocks"][i]
             again = self.cfg.remat == "block" and self.training
             x, new = checkpoint(block, x, past, use_reentrant=False) if again else block(x, past)
             blocks.append(new)
@@ -752,13 +788,22 @@ def fast_weights(module, state):
     kept = {}
     for key, value in state.items():
         part = getattr(module, key, None)
-        if isinstance(part, Memory):
+        if isinstance(part, Family):
             kept[key] = part.flush(value)
         elif key == "memory" and torch.is_tensor(value):
             kept[key] = value
         elif isinstance(value, dict) and fast_weights(part, value):
             kept[key] = fast_weights(part, value)
     return kept
+
+
+def compiled(net):
+    """--compile: the life of a chunk as one graph (minutes, once); on a CPU without Python between its parts."""
+    cpu = next(net.parameters()).device.type == "cpu"
+    body = torch.compile(learn, options=dict(cpp_wrapper=True) if cpu else None)
+    for family in (f for m in net.modules() for f in vars(m).values() if isinstance(f, Family)):
+        family.body = body
+    return net
 
 
 def build(cfg):
@@ -871,8 +916,7 @@ def train(cfg):
     run.seed_all(cfg.seed)
     net = build(cfg).to(ddp.device)
     if cfg.compile:
-        for memory in (m for m in net.modules() if isinstance(m, Memory)):
-            memory.body = torch.compile(learn)
+        compiled(net)
     if cfg.stack:
         stack(net, cfg.stack)
     size = sum(p.numel() for p in net.parameters())

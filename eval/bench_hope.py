@@ -29,20 +29,24 @@ import hope_lm as h
 from common import run
 
 SIZE = dict(width=256, depth=4, heads=4, chunk=64, chunk_self=64)
-CASES = {"hope": dict(variant="hope"), "hope, CMS width 2D": dict(variant="hope", cms_mult=2.0),
+CASES = {"hope": dict(variant="hope"), "hope, no momentum": dict(variant="hope", inner="dgd"),
+         "hope, CMS width 2D": dict(variant="hope", cms_mult=2.0),
          "hope_attention": dict(variant="hope_attention"), "lmm": dict(variant="lmm"),
          "deltanet": dict(variant="deltanet"), "swa": dict(variant="swa"), "full": dict(variant="full")}
 REFERENCE = dict(transformer=512, hope_attention=512, hope_selfmod=128)     # tokens of a row
 ROWS = 4                                            # rows of the longest sequence
 SHORT = "hope, T 128"                               # its self-modifying step takes minutes at 512
+ALIKE = "hope, no momentum, T 128"                  # NL 88 as printed; its self-modifying path has none either
 
 
-def stepper(batch=4, T=512, **kw):
+def stepper(batch=4, T=512, compiled=False, **kw):
     """A function that runs one training step of a fresh net on random bytes -> tokens of it;
     and the parameter count."""
     torch.manual_seed(0)
     net = h.LM(h.Config(**{**SIZE, **kw}))
-    opt, data = torch.optim.AdamW(net.parameters()), torch.randint(0, 256, (batch, T + 1))
+    if compiled:
+        h.compiled(net)
+    opt, data = torch.optim.AdamW(net.parameters(), fused=True), torch.randint(0, 256, (batch, T + 1))
 
     def step():
         net.score(data[:, :-1], data[:, 1:])[0].mean().backward()
@@ -65,7 +69,7 @@ def reference(root, variant, batch=4, T=512):
         vocab_size=256, dim=256, num_layers=4, heads=4, titan_level=level("titan", 8), block_variant=variant,
         cms_levels=[level(f"cms{p}", p) for p in (8, 32, 128, 512)], teach_scale=0.1, teach_clip=5.0,
         qk_l2_norm=True, self_mod_chunk_size=8, self_mod_chunk_size_memory=64, self_mod_use_skip=False))
-    opt, data = torch.optim.AdamW(net.parameters()), torch.randint(0, 256, (batch, T))
+    opt, data = torch.optim.AdamW(net.parameters(), fused=True), torch.randint(0, 256, (batch, T))
 
     def step():
         logits = net(data)
@@ -104,12 +108,13 @@ def case(what, ratio, value, goal, met):
     return dict(what=what, ratio=ratio, value=value, goal=goal, met=met(value, goal), agree=True)
 
 
-def cases(median, lengths, paired):
-    """The issue's goals; `paired`: the reference's models that ran in the same rounds."""
+def cases(median, lengths, ran, paired):
+    """The goals; ran, paired: our cases and the reference's models of these rounds."""
     at_least, at_most = (lambda v, goal: v >= goal), (lambda v, goal: v <= goal)
     over = lambda a, b: median(lambda r: r[a] / r[b])   # noqa: E731
-    found = dict(speed=case("HOPE, tokens a CPU-second (a rate, not a ratio)", "hope",
-                            median(lambda r: r["hope"]), 1000.0, at_least))
+    found = {f"speed, {name}": case(f"{name}, tokens a CPU-second (a rate, not a ratio)", name,
+                                    median(lambda r, name=name: r[name]), 1000.0, at_least)
+             for name in ran if name.split(",")[0] == "hope" and "T 128" not in name}
     for kind in ("rows", "tokens") if len(lengths) > 1 else ():
         first, last = (named(*by_length(lengths, kind == "tokens")[i]) for i in (0, -1))
         found[f"length_equal_{kind}"] = case(f"HOPE, cost of a token at T={lengths[-1]} over T={lengths[0]}, "
@@ -117,12 +122,14 @@ def cases(median, lengths, paired):
                                              1.15, at_most)
     if not paired:
         return found | dict(reference=dict(skipped="no checkout of kmccleary3301/nested_learning named"))
-    for name, ours, theirs, goal in (("selfmod", SHORT, "hope_selfmod", 25.0),
-                                     ("attention", "hope", "hope_attention", 2.5),
-                                     ("transformer", "full", "transformer", 1.0)):
-        if theirs in paired:
-            found[name] = case(f"{ours} over the reference's {theirs}, offline", "tokens a CPU-second",
-                               over(ours, f"reference {theirs}"), goal, at_least)
+    for ours in ran:
+        short, hope = "T 128" in ours, ours.startswith("hope") and "hope_" not in ours
+        theirs, goal = (("transformer", 1.0) if ours == "full" else ("hope_selfmod", 25.0) if short
+                        else ("hope_attention", 2.5))
+        if theirs in paired and (hope or ours == "full"):
+            found[f"{ours} / {theirs}"] = case(f"{ours} over the reference's {theirs}, offline",
+                                               "tokens a CPU-second", over(ours, f"reference {theirs}"), goal,
+                                               at_least)
     return found
 
 
@@ -135,20 +142,31 @@ def main():
     p.add_argument("--theirs", default=";".join(REFERENCE), help="its models; hope_selfmod is slow")
     p.add_argument("--as-shipped", action="store_true", help="denormals are flushed for ours alone, as each "
                    "one's training does; else for both")
+    p.add_argument("--compile", action="store_true", help="HOPE's cases a second time as --compile runs them; "
+                   "the first step of each takes minutes")
     p.add_argument("--lengths", default="256,512,1024,2048,4096")
     p.add_argument("--reference", default=os.environ.get("ONEFILE_NESTED_LEARNING", ""))
     args = p.parse_args()
     torch.set_num_threads(1)
     run.keep_freed_memory()                         # as train() does, for ours and the reference alike
     lengths = [int(x) for x in args.lengths.split(",")]
-    made = {name: stepper(**CASES[name]) for name in args.only.split(";")}
-    made |= {SHORT: stepper(T=128, **CASES["hope"])} if args.reference else {}
+    ours = {name: CASES[name] for name in args.only.split(";")}
+    if args.reference and "hope_selfmod" in args.theirs.split(";"):
+        ours |= {SHORT: dict(CASES["hope"], T=128), ALIKE: dict(CASES["hope, no momentum"], T=128)}
+    if args.compile:
+        ours |= {f"{name}, compiled": dict(kw, compiled=True) for name, kw in ours.items()
+                 if kw["variant"] == "hope"}
+    made = {name: stepper(**kw) for name, kw in ours.items()}
     shapes = dict.fromkeys(by_length(lengths, False) + by_length(lengths, True))
     grown = {named(*shape): stepper(*shape, width=128, depth=2, heads=2, cms_levels=2)[0] for shape in shapes}
     paired = args.theirs.split(";") if args.reference else []
     theirs = {f"reference {name}": reference(args.reference, name, T=REFERENCE[name]) for name in paired}
     steps = {name: step for name, (step, _) in made.items()} | grown
-    measure(steps)                                  # warm-up; the reference's steps are long enough without
+    first = {}                                      # warm-up; the reference's steps are long enough without
+    for name, step in steps.items():
+        began = time.time()
+        measure({name: step})
+        first[name] = time.time() - began
     steps |= {name: step for name, (step, _) in theirs.items()}
     rounds = [measure(steps, args.as_shipped) for _ in range(args.rounds)]
     median = lambda f: statistics.median(f(r) for r in rounds)   # noqa: E731
@@ -157,7 +175,8 @@ def main():
                params={k: n for k, (_, n) in (made | theirs).items()},
                hope_by_length={k: median(lambda r: r[k]) for k in grown},          # noqa: B023
                rounds=rounds, torch=torch.__version__, as_shipped=args.as_shipped,
-               cases=cases(median, lengths, paired))
+               first_step_s={k: s for k, s in first.items() if k.endswith("compiled")},
+               cases=cases(median, lengths, made, paired))
     print(json.dumps(out, indent=1))
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps(out, indent=1))

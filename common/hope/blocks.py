@@ -14,29 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.flags import UserError
+from common.hope.passes import Taps, rms_norm, unit
 from common.hope.scan import advance, decays
-
-
-class Unit(torch.autograd.Function):
-    """y = x / max(|x|, 1e-6), with a backward of half of F.normalize's passes: (g - y y.g) / |x|."""
-
-    @staticmethod
-    def forward(ctx, x):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        size = norm.clamp(min=1e-6)
-        y = (x / size).contiguous()
-        ctx.save_for_backward(y, size, norm)
-        return y
-
-    @staticmethod
-    def backward(ctx, g):
-        y, size, norm = ctx.saved_tensors
-        along = (g * y).sum(-1, keepdim=True) * (norm >= 1e-6)      # below: a mere factor
-        return torch.addcmul(g, y, along, value=-1).div_(size)
-
-
-def unit(x):
-    return Unit.apply(x)
 
 
 def cut(x_BTD, heads, parts=1):
@@ -66,7 +45,7 @@ def rates(layer, x_BTD, count):
 
 
 class Conv(nn.Module):
-    """Depthwise causal convolution over time, as a sum of shifted products."""
+    """Depthwise causal convolution over time."""
 
     def __init__(self, width, taps):
         super().__init__()
@@ -77,9 +56,11 @@ class Conv(nn.Module):
 
     def forward(self, x_BTD, tail):
         T, n = x_BTD.shape[1], self.taps - 1
-        x = F.pad(x_BTD, (0, 0, n, 0)) if tail is None else torch.cat([tail.to(x_BTD.dtype), x_BTD], 1)
-        y = sum(x[:, i:i + T] * self.kernel[i] for i in range(self.taps))
-        return y, x[:, x.shape[1] - n:]
+        x = x_BTD if tail is None else torch.cat([tail.to(x_BTD.dtype), x_BTD], 1)
+        tail = x[:, max(0, x.shape[1] - n):]
+        if tail.shape[1] < n:                       # a context shorter than the taps
+            tail = F.pad(tail, (0, 0, n - tail.shape[1], 0))
+        return Taps.apply(x.to(self.kernel.dtype), self.kernel, T), tail
 
 
 class RMSNorm(nn.Module):
@@ -88,7 +69,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), 1e-6)
+        return rms_norm(x, self.weight.to(x.dtype), 1e-6)
 
 
 def rope(x, start, theta=10_000.0):

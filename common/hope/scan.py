@@ -35,10 +35,11 @@ class End(NamedTuple):
 
 
 class Ratios(torch.autograd.Function):
-    """exp(row_t - column_i) for i <= t + diagonal, else 0: [..., C], [..., C] -> [..., C, C]."""
+    """exp(row_t - column_i) for i <= t + diagonal, else 0: [..., C], [..., C] (None: row) -> [..., C, C]."""
 
     @staticmethod
     def forward(ctx, row, column, diagonal):
+        ctx.two, column = column is not None, row if column is None else column
         hide = row.new_full((row.shape[-1], row.shape[-1]), -torch.inf).triu_(diagonal + 1)
         out = (row[..., :, None] - column[..., None, :]).add_(hide).exp_()
         ctx.save_for_backward(out)
@@ -47,7 +48,8 @@ class Ratios(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad = grad * ctx.saved_tensors[0]
-        return grad.sum(-1), -grad.sum(-2), None
+        row, column = grad.sum(-1), -grad.sum(-2)
+        return (row, column, None) if ctx.two else (row + column, None, None)
 
 
 def decays(log_keep, log_mom=None, before=True, now=True):
@@ -58,7 +60,7 @@ def decays(log_keep, log_mom=None, before=True, now=True):
     total = log_keep.cumsum(-1)
     if log_mom is not None:
         momentum = log_mom.cumsum(-1)
-        H, RH = momentum.exp()[..., None], Ratios.apply(momentum, momentum, 0)
+        H, RH = momentum.exp()[..., None], Ratios.apply(momentum, None, 0)
 
     def at(log, diagonal):
         R = Ratios.apply(log, total, diagonal)
@@ -105,23 +107,37 @@ def written(end, w, u):
     return rows if u is None else rows.addcmul_(end.R[..., None], u)
 
 
-def paced(g, scale):
-    """Write rows w = g scale; scale [..., C, M]: that of each of M memories side by side, or None for 1."""
-    return g if scale is None else (g.unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]).flatten(-2)
+def pick(t, part, axis):
+    """What q asks: part = (first, last, stacked) of t; stacked: memories, on axis 2; else rows on `axis`."""
+    if t is None or part is None:
+        return t
+    first, last, stacked = part
+    if stacked:
+        return t[:, :, first:last]
+    return t if axis is None else t.narrow(axis, first, last - first)
+
+
+def gain(total, like, part, axis, a, b):
+    """total + a @ b in the picked part of it; total None: 0, shaped like `like`."""
+    if part is None or axis is None and not part[2]:
+        return acc(total, a, b)
+    total = torch.zeros_like(like) if total is None else total
+    pick(total, part, axis).add_(a @ b)
+    return total
 
 
 class Chunk(torch.autograd.Function):
-    """advance() with its backward by hand; W, S, x, g, q share their leading axes, the rates may broadcast.
+    """advance() with its backward by hand; W, S, x, w share their leading axes, the rates may broadcast.
 
     see, past: what row t sees of write i and of correction i, C_ti and R_ti times x_t.x_i or q_t.x_i.
     Products are kept for the backward, what is elementwise is done again: reading it back would cost more.
     """
 
     @staticmethod
-    def forward(ctx, late, W, S, x, gram, g, scale, rho, Wx, q, *rates):
+    def forward(ctx, late, part, W, S, x, gram, w, rho, gate, Wx, q, *rates):
         ctx.set_materialize_grads(False)
         before, now, end = Decay(*rates[:4]), Decay(*rates[4:8]), End(*rates[8:])
-        w, u, T, r, out, score = paced(g, scale), None, None, None, None, None
+        u, T, r, out, score = None, None, None, None, None
         if rho is not None:
             see, past = seen(before, gram)
             right = acc(before.A[..., None] * Wx, see, w)
@@ -131,30 +147,31 @@ class Chunk(torch.autograd.Function):
             eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
             T = torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True)
             r = T @ right
-            u = r * -rho[..., None]
+            u = corrections(r, rho, gate)
         if q is not None:
-            at, score = now if late else before, q @ x.mT
+            Wq, Sq, xq = pick(W, part, -2), pick(S, part, -2), pick(x, part, None)
+            at, score = now if late else before, q @ xq.mT
             see, past = seen(at, score)
-            out = acc((at.A[..., None] * q) @ W.mT, see, w)
+            out = acc((at.A[..., None] * q) @ Wq.mT, see, pick(w, part, -1))
             if u is not None:
-                acc(out, past, u)
+                acc(out, past, pick(u, part, -1))
             if S is not None:
-                acc(out, at.B[..., None] * q, S.mT)
+                acc(out, at.B[..., None] * q, Sq.mT)
         W_new, S_new = acc(end.A[..., None, None] * W, written(end, w, u).mT, x), None
         if end.H is not None:
             S_new = acc(None if S is None else end.H[..., None, None] * S, (end.RH[..., None] * w).mT, x)
             if S is not None:
                 W_new.addcmul_(end.B[..., None, None], S)
-        ctx.late = late
-        ctx.save_for_backward(W, S, x, gram, g, scale, rho, Wx, q, T, r, score, *rates)
+        ctx.late, ctx.part = late, part
+        ctx.save_for_backward(W, S, x, gram, w, rho, gate, Wx, q, T, r, score, *rates)
         return W_new, S_new, out
 
     @staticmethod
     def backward(ctx, gW_new, gS_new, gout):
-        W, S, x, gram, g, scale, rho, Wx, q, T, r, score, *rates = ctx.saved_tensors
+        W, S, x, gram, w, rho, gate, Wx, q, T, r, score, *rates = ctx.saved_tensors
         before, now, end = Decay(*rates[:4]), Decay(*rates[4:8]), End(*rates[8:])
-        w, u = paced(g, scale), None if rho is None else r * -rho[..., None]
-        gW = gS = gx = ggram = gw = gu = gq = grho = gWx = gscale = None
+        u, part = None if rho is None else corrections(r, rho, gate), ctx.part
+        gW = gS = gx = ggram = gw = gu = gq = grho = gWx = None
         g_now, g_before, g_end = [None] * 4, [None] * 4, [None] * 6     # of A, B, C, R (, H, RH)
         dot = lambda a, b: (a * b).sum((-1, -2))    # noqa: E731
         if gW_new is not None:
@@ -176,29 +193,31 @@ class Chunk(torch.autograd.Function):
         if gout is not None:
             at, g_at = (now, g_now) if ctx.late else (before, g_before)
             see, past = seen(at, score)
-            gqW = gout @ W
+            gqW = gout @ pick(W, part, -2)
             gq, g_at[0] = at.A[..., None] * gqW, (gqW * q).sum(-1)
-            gW, gw = acc(gW, gout.mT, at.A[..., None] * q), acc(gw, see.mT, gout)
-            gsee = gout @ w.mT
+            gW = gain(gW, W, part, -2, gout.mT, at.A[..., None] * q)
+            gw = gain(gw, w, part, -1, see.mT, gout)
+            gsee = gout @ pick(w, part, -1).mT
             if at.C is None:
-                gpast = gsee if u is None else acc(gsee, gout, u.mT)
+                gpast = gsee if u is None else acc(gsee, gout, pick(u, part, -1).mT)
                 gscore = gpast * at.R
             else:
-                gpast = None if u is None else gout @ u.mT
+                gpast = None if u is None else gout @ pick(u, part, -1).mT
                 g_at[2], gscore = gsee * score, gsee * at.C
                 if u is not None:
                     gscore.addcmul_(gpast, at.R)
             if gpast is not None:
                 g_at[3] = gpast.mul_(score)
             if u is not None:
-                gu = acc(gu, past.mT, gout)
-            gq, gx = acc(gq, gscore, x), acc(gx, gscore.mT, q)
+                gu = gain(gu, w, part, -1, past.mT, gout)
+            gq, gx = acc(gq, gscore, pick(x, part, None)), gain(gx, x, part, None, gscore.mT, q)
             if S is not None:
-                gqS = gout @ S
+                gqS = gout @ pick(S, part, -2)
                 g_at[1], gq = (gqS * q).sum(-1), plus(gq, at.B[..., None], gqS)
-                gS = acc(gS, gout.mT, at.B[..., None] * q)
+                gS = gain(gS, S, part, -2, gout.mT, at.B[..., None] * q)
         if gu is not None:                  # r = (I + past rho)^-1 right, u = -rho r
             see, past = seen(before, gram)
+            gu = gu if gate is None else gu * gate
             gright, grho = T.mT @ (gu * -rho[..., None]), -(gu * r).sum(-1)
             gpast = gright @ r.mT           # minus the gradient of past rho
             grho = grho - (gpast * past).sum(-2)
@@ -217,20 +236,24 @@ class Chunk(torch.autograd.Function):
                 gB, gx = (gxS * x).sum(-1), plus(gx, before.B[..., None], gxS)
                 gS = acc(gS, gright.mT, before.B[..., None] * x)
             g_before = [add(a, b) for a, b in zip(g_before, (gA, gB, gC, gR))]
-        gg = gw
-        if scale is not None and gw is not None:
-            gg, gscale = paced(gw, scale), (gw * g).unflatten(-1, (scale.shape[-1], -1)).sum(-1)
-        grads = [gW, gS, gx, ggram, gg, gscale, grho, gWx, gq, *g_before, *g_now, *g_end]
-        likes = [W, S, x, gram, g, scale, rho, Wx, q, *before, *now, *end]
-        return None, *(into(grad, like) for grad, like in zip(grads, likes))
+        grads = [gW, gS, gx, ggram, gw, grho, None, gWx, gq, *g_before, *g_now, *g_end]
+        likes = [W, S, x, gram, w, rho, None, Wx, q, *before, *now, *end]
+        return None, None, *(into(grad, like) for grad, like in zip(grads, likes))
 
 
-def advance(W, S, x, g, rho, rates, Wx=None, q=None, late=True, gram=None, scale=None):
-    """A chunk of writes w x^T, w = g [scale], and corrections -rho (W x) x^T -> (W [..,O,I], S, out).
+def corrections(r, rho, gate):
+    """u = -rho r; gate (None: open): 0 where a memory's gate is shut."""
+    u = r * -rho[..., None]
+    return u if gate is None else u * gate
 
-    W, S: [..., O, I] at the chunk's start (S None: zero, or no momentum); x [..., C, I]; g [..., C, O]; scale
-    [..., C, M]: paced(); rho [..., C] or None; rates: decays(...); Wx, gram: x W^T and x x^T where they are
-    known already.  out: W_t q_t of every token's q [..., C, I], after its write (late) or before it.
+
+def advance(W, S, x, w, rho, rates, Wx=None, q=None, late=True, gram=None, gate=None, part=None):
+    """A chunk of writes w x^T and corrections -rho (W x) x^T -> (W [..,O,I], S, out).
+
+    W, S: [..., O, I] at the chunk's start (S None: zero, or no momentum); x [..., C, I]; w [..., C, O]; rho
+    [..., C] or None; rates: decays(...); Wx, gram: x W^T and x x^T where they are known already; gate: 0 or
+    1 as a factor of the corrections.  out: W_t q_t of every token's q [..., C, I], after its write (late) or
+    before it; part: of those memories alone (pick()).
     The corrections u_t = -rho_t r_t, r = W_{t-1} x_t, solve (I + R_{t-1,i} rho_i x_i.x_t) r = A_{t-1} W x +
     B_{t-1} S x + (C * x x^T) w.
     """
@@ -239,7 +262,7 @@ def advance(W, S, x, g, rho, rates, Wx=None, q=None, late=True, gram=None, scale
     if rho is not None:
         Wx = x @ W.mT if Wx is None else Wx
         gram = (x @ x.mT if gram is None else gram).expand(*x.shape[:-1], x.shape[-2])
-    return Chunk.apply(late, W, S, x, gram, g, scale, rho, Wx, q, *before, *now, *end)
+    return Chunk.apply(late, part, W, S, x, gram, w, rho, gate, Wx, q, *before, *now, *end)
 
 
 def chunk_rule(kind, W, S, g, keep, log_mom):
