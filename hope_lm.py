@@ -1097,8 +1097,7 @@ ABLATIONS = {
     "optimizer": {name: dict(optimizer=name) for name in ("muon", "adamw", "m3")},
     "inner": {name: dict(inner=name, boundary="delta_m" in name or name == "dmgd")
               for name in ("gd", "momentum", "dgd", "dgd_momentum", "delta_momentum", "dmgd")},
-    "backbone": {"hope written": dict(variant="hope", forget="written"),
-                 **{name: dict(variant=name) for name in VARIANTS}},
+    "backbone": {name: dict(variant=name) for name in VARIANTS},
     "paper": {"full": {}, "no DGD": dict(inner="momentum"), "no momentum": dict(inner="dgd"),
               "no decay": dict(decay=False),
               "no CMS": dict(cms_levels=0), "k slow": dict(adapt="vg"), "v slow": dict(adapt="kg"),
