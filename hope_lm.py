@@ -21,7 +21,6 @@ O, I rows out, in
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import pathlib
 import time
@@ -36,8 +35,8 @@ from torch.utils.checkpoint import checkpoint
 from common import run
 from common.hope import corpus, cost, optim, sidecar, text
 from common.hope.blocks import (Attention, Conv, DeltaNet, RMSNorm, SwiGLU, cut, detached, glue,
-                                inverse_softplus, linear, log_sigmoid, nll, pieces, rates, rope, stacked,
-                                sum_gates, teach_signal)
+                                inverse_softplus, linear, log_sigmoid, nll, pairs, pieces, rates, rope,
+                                stacked, sum_gates, teach_signal)
 from common.run import opt
 from common.hope.lesson import Lesson, Plan, SiLU, alone, apart, asks, shared, sides, summed
 from common.hope.passes import rms_norm, unit
@@ -91,7 +90,7 @@ class Config:
     surprise: str = opt("loss", "what the CMS gate weighs", ("loss", "delta", "entropy"))
     surprise_threshold: float = opt(0.0, "no write below this surprise (nats a token, or |M(k)-v|); 0: off")
     decay: bool = opt(True, "memories forget; off is the ablation")
-    forget: str = opt("all", "what decay and erasure act on: the whole memory (NL 88, T 13), or what was written",
+    forget: str = opt("all", "decay and erasure act on the whole memory (NL 88, T 13) or on what was written",
                       ("all", "written"))
     remat: str = opt("none", "recompute activations in backward", ("none", "block", "chunk"))
     hidden_width: int = opt(0, "feed-forward hidden width; 0: from --cms-mult (CMS) or 8/3 D (SwiGLU)")
@@ -230,7 +229,7 @@ def learn(plan, rule, base, Ws, Ss, k, v, eta, log_keep, log_mom, q):
     (NL 90).  base [1,H,..]: initial weights of which Ws is the difference (--forget written), else None.
     """
     now = Ws if base is None else [W + W0 for W, W0 in zip(Ws, base)]
-    # Lesson: recall() and surprise() with their backward; of layer 1 all memories have the same input k
+    # recall() and surprise() with their backward; in layer 1 all memories have the same input k
     Wk, w, step, gram, *made, gates = Lesson.apply(plan, k, v, eta, *now)
     layers = [(k, Wk, w, step, gram), *(made[i:i + 5] for i in range(0, len(made), 5))]
     depth = plan.depth(Ws)
@@ -243,20 +242,20 @@ def learn(plan, rule, base, Ws, Ss, k, v, eta, log_keep, log_mom, q):
             W, S = summed(plan, rule.kind, W, S, x, w, log_keep, log_mom, wide=i == 0)
         else:
             part, z = asks(plan, i), (F.silu(h) if i else h) if i < depth and h is not None else None
-            W, S, out = advance(W, S, x, w, step if rule.delta else None, rates, Wx if base is None else None, z,
-                                late, gram, shut[i], part)
+            W, S, out = advance(W, S, x, w, step if rule.delta else None, rates,
+                                Wx if base is None else None, z, late, gram, shut[i], part)
             if z is not None:
                 h = out if base is None else out + z @ pick(base[i], part, -2).mT
         W_new.append(W)
         S_new.append(S)
     if q is not None:
-        residual = plan.groups[0][2]
-        h = answer(alone(plan, now)[1], q, residual) if rule.boundary else q + h if residual else h
+        add = plan.groups[0][2]
+        h = answer(alone(plan, now)[1], q, add) if rule.boundary else q + h if add else h
     return W_new, S_new, h, gates
 
 
 class Memory(nn.Module):
-    """`count` MLP memories a head.  The parameters are initial states: the outer loop learns where to start."""
+    """`count` MLP memories a head.  The parameters are initial states: the outer loop learns them."""
 
     def __init__(self, cfg, count=1, scalar=False, residual=True):
         super().__init__()
@@ -272,11 +271,11 @@ class Memory(nn.Module):
 
 
 class Family:
-    """Memories that learn the same rows: one pass over a chunk teaches all.  q asks the last of the first kind.
+    """Memories that learn the same rows: one pass over a chunk teaches all.  q asks the last of the first.
 
     A state is (Ws, Ss, rows of the unfinished chunk, [gates open, gates seen]).  Ws: layer 1 of all memories,
-    one wide [B,H,1,O,I]; then, kind by kind, deeper layers stacked [B,H,M,O,I]; --forget written: of all these
-    the difference from the initial weights.
+    one wide [B,H,1,O,I]; then, kind by kind, deeper layers stacked [B,H,M,O,I]; --forget written: of all of
+    them the difference from the initial weights.
     """
 
     def __init__(self, cfg, chunk, rule, *members, own_target=True):
@@ -409,7 +408,7 @@ class Titans(nn.Module):
 
     def forward(self, x, state):
         n = 0
-        if "family" not in state and self.persistent is not None:   # the fixed tokens [P; x] enter the memory first
+        if "family" not in state and self.persistent is not None:   # the fixed tokens of [P; x] come first
             x, n = torch.cat([self.persistent.to(x.dtype).expand(len(x), -1, -1), x], 1), len(self.persistent)
         y, state = self.scan(x, state)
         return self.out(y[:, n:] * F.silu(self.open(x[:, n:]))), state
@@ -437,7 +436,8 @@ class MAC(nn.Module):
         while lo < x.shape[1]:                              # segments end where the memory writes
             s = x[:, lo:lo + family.room(core["family"])]
             with torch.autocast(x.device.type, enabled=False):
-                h = family.recall(core["family"], {memory: unit(cut(self.query(s), self.heads))})[memory]
+                asked = {memory: unit(cut(self.query(s), self.heads))}
+                h = family.recall(core["family"], asked)[memory]
             y, cache = self._attend(s, glue(h).to(x.dtype), cache)
             y = self.norm(s + y)
             m, core = self.core.scan(y, core)               # m is normalised there
@@ -550,8 +550,8 @@ class Hope(nn.Module):
         -> (M(q) rows where the store is one of the family, else None; the rows otherwise; state)
         """
         family, index, made, outs = self.family, ["qkv".index(n) for n in self.names], [], []
-        makes = self.maps is not None or self.gates is not None
-        sizes = pieces(z.shape[3], family.room(fast), family.chunk) if makes else [z.shape[3]]
+        sizes = [z.shape[3]] if not self.maps and not self.gates else \
+            pieces(z.shape[3], family.room(fast), family.chunk)
         cutting = [[None] * len(sizes) if t is None else t.split(sizes, 3) for t in (z, slow, log_mom)]
         for i, (part, raw, mom) in enumerate(zip(*cutting)):
             rows = dict(zip("qkvg", part.split(1, 2)))
@@ -705,8 +705,7 @@ class LM(nn.Module):
     def forward(self, tokens_BT, state=None):
         x, blocks = F.embedding(tokens_BT, self.embed), []
         for i, block in enumerate(self.blocks):
-            # over: no one will continue a context whose state is not asked for
-            past = dict(mixer=dict(over=True)) if state is None else state["blocks"][i]
+            past = dict(mixer=dict(over=True)) if state is None else state["blocks"][i]     # over: no more comes
             again = self.cfg.remat == "block" and self.training
             x, new = checkpoint(block, x, past, use_reentrant=False) if again else block(x, past)
             blocks.append(new)
@@ -798,7 +797,7 @@ def fast_weights(module, state):
 
 
 def compiled(net):
-    """--compile: the life of a chunk as one graph (minutes, once); on a CPU without Python between its parts."""
+    """--compile: the life of a chunk as one graph (minutes, once), on a CPU without Python in between."""
     cpu = next(net.parameters()).device.type == "cpu"
     body = torch.compile(learn, options=dict(cpp_wrapper=True) if cpu else None)
     for family in (f for m in net.modules() for f in vars(m).values() if isinstance(f, Family)):
@@ -855,12 +854,6 @@ def open_data(cfg):
     return data
 
 
-def pairs(batch, device):
-    """A loader's rows -> (input, target) on the device."""
-    a, b = batch if isinstance(batch, tuple) else (batch[:, :-1], batch[:, 1:])
-    return torch.from_numpy(a.copy()).to(device), torch.from_numpy(b.copy()).to(device)
-
-
 # --- train -----------------------------------------------------------------------------------------
 
 
@@ -874,32 +867,6 @@ class Objective(nn.Module):
     def forward(self, tokens, target):
         loss, _, self.info = self.net.score(tokens, target)
         return loss.sum() / (target >= 0).sum().clamp(min=1)
-
-
-def length_at(cfg, step):
-    """Row length of a step: the curriculum in equal shares."""
-    return cfg.curriculum[(step - 1) * len(cfg.curriculum) // cfg.steps] if cfg.curriculum else cfg.length
-
-
-def rate(cfg, step):
-    """Warm-up, then cosine to a tenth."""
-    warm = max(1, round(cfg.warmup * cfg.steps))
-    if step <= warm:
-        return step / warm
-    return 0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, cfg.steps - warm))
-
-
-def teach_rate(cfg, step):
-    """The teach signal's schedule: linear up, constant, linear to 0."""
-    up, down = cfg.teach_warmup * cfg.steps, cfg.teach_decay * cfg.steps
-    return min(1.0, step / max(1.0, up), max(0.0, (cfg.steps - step) / max(1.0, down)))
-
-
-def level_period(cfg, name):
-    """Optimizer steps between moves of a parameter: the outer clock of its CMS level."""
-    parts = name.split(".")
-    slow = cfg.cms == "outer" and "levels" in parts
-    return cfg.outer_periods[int(parts[parts.index("levels") + 1])] if slow else 1
 
 
 def free_fields():
@@ -922,7 +889,7 @@ def train(cfg):
     size = sum(p.numel() for p in net.parameters())
     model, zero1, ranked = optim.distribute(Objective(net), net.blocks, cfg.shard, cfg.bf16, ddp)
     outer = optim.Outer(net, cfg.optimizer, cfg.lr, cfg.matrix_lr, cfg.weight_decay,
-                        lambda name: level_period(cfg, name), zero1)
+                        lambda name: optim.level_period(cfg, name), zero1)
     side = {}
     own = dict(ranked, optim=outer) if ranked or zero1 else {}
     state = dict(side=side, **({} if ranked else dict(net=net)), **({} if own else dict(optim=outer)))
@@ -935,11 +902,11 @@ def train(cfg):
     moves, open_sum, seen_sum, tick, done = {}, 0.0, 0, time.time(), start
     for step in run.progress(start, cfg.steps, ddp):
         run.seed_all(cfg.seed, ddp.rank, step)
-        T = length_at(cfg, step)
+        T = optim.length_at(cfg, step)
         share = run.per_rank(cfg.batch * cfg.length // T, ddp, "--batch")
         mine = range(ddp.rank * share, (ddp.rank + 1) * share)
         tokens, target = pairs(data.batch((cfg.seed, step), mine, T), ddp.device)
-        net.teach_scale = cfg.teach_scale * teach_rate(cfg, step)
+        net.teach_scale = cfg.teach_scale * optim.teach_rate(cfg, step)
         micro = max(1, cfg.micro * cfg.length // T) if cfg.micro else share
         parts, loss = list(zip(tokens.split(micro), target.split(micro))), 0.0
         for i, (a, b) in enumerate(parts):
@@ -952,7 +919,7 @@ def train(cfg):
             info = (model.module if hasattr(model, "module") else model).info
             open_sum, seen_sum = open_sum + float(info["gates"][0]), seen_sum + info["gates"][1]
         norm = optim.whole(nn.utils.clip_grad_norm_(net.parameters(), cfg.clip))
-        for name in outer.step(step, rate(cfg, step)):
+        for name in outer.step(step, optim.rate(cfg, step)):
             if "levels" in name:
                 level = f"level{name.split('levels.')[1][0]}"
                 moves[level] = moves.get(level, 0) + (".0.cms" in name and name.endswith(".0"))
@@ -961,7 +928,7 @@ def train(cfg):
             run.check_finite(step, loss=loss, grad_norm=norm)
             speed = (step - done) * cfg.batch * cfg.length / (time.time() - tick)
             log("train", step=step, loss=loss, ppl=math.exp(min(loss, 50)), length=T,
-                bpb=loss / math.log(2) / data.bytes_per_token, lr=cfg.lr * rate(cfg, step),
+                bpb=loss / math.log(2) / data.bytes_per_token, lr=cfg.lr * optim.rate(cfg, step),
                 grad_norm=float(norm), teach_norm=float(info.get("teach", 0.0)),
                 updates=moves, gate_open=open_sum / seen_sum if seen_sum else None, tok_s=round(speed, 1),
                 eta_h=(cfg.steps - step) * cfg.batch * cfg.length / speed / 3600,
@@ -1097,7 +1064,8 @@ ABLATIONS = {
     "optimizer": {name: dict(optimizer=name) for name in ("muon", "adamw", "m3")},
     "inner": {name: dict(inner=name, boundary="delta_m" in name or name == "dmgd")
               for name in ("gd", "momentum", "dgd", "dgd_momentum", "delta_momentum", "dmgd")},
-    "backbone": {name: dict(variant=name) for name in VARIANTS},
+    "backbone": {name: dict(variant=name) for name in VARIANTS}
+    | dict(hope_written=dict(variant="hope", forget="written")),
     "paper": {"full": {}, "no DGD": dict(inner="momentum"), "no momentum": dict(inner="dgd"),
               "no decay": dict(decay=False),
               "no CMS": dict(cms_levels=0), "k slow": dict(adapt="vg"), "v slow": dict(adapt="kg"),
@@ -1123,12 +1091,8 @@ def ablate(cfg):
             out = root / arm.replace(" ", "_") / str(seed)
             if not (out / "weights.safetensors").exists():
                 train(dataclasses.replace(cfg, seed=seed, out=str(out), **ABLATIONS[name][arm]))
-        rows = cost.finished(root, ABLATIONS[name], dataclasses.asdict(cfg), free_fields())
         title = f"{name}: {cfg.steps} steps of {cfg.batch} x {cfg.length}"
-        table = cost.table(title, rows)
-        (root / "table.json").write_text(json.dumps(rows, indent=1))
-        (root / "table.md").write_text(table)
-        cost.curves(root, rows)
+        table = cost.report(title, root, ABLATIONS[name], dataclasses.asdict(cfg), free_fields())
     print(table, end="")
 
 

@@ -36,7 +36,7 @@ CASES = {"hope": dict(variant="hope"), "hope, no momentum": dict(variant="hope",
 REFERENCE = dict(transformer=512, hope_attention=512, hope_selfmod=128)     # tokens of a row
 ROWS = 4                                            # rows of the longest sequence
 SHORT = "hope, T 128"                               # its self-modifying step takes minutes at 512
-ALIKE = "hope, no momentum, T 128"                  # NL 88 as printed; its self-modifying path has none either
+ALIKE = "hope, no momentum, T 128"                  # NL 88 as printed; nor has its path a momentum
 
 
 def stepper(batch=4, T=512, compiled=False, **kw):
@@ -142,8 +142,8 @@ def main():
     p.add_argument("--theirs", default=";".join(REFERENCE), help="its models; hope_selfmod is slow")
     p.add_argument("--as-shipped", action="store_true", help="denormals are flushed for ours alone, as each "
                    "one's training does; else for both")
-    p.add_argument("--compile", action="store_true", help="HOPE's cases a second time as --compile runs them; "
-                   "the first step of each takes minutes")
+    p.add_argument("--compile", action="store_true", help="HOPE's cases a second time as --compile runs "
+                   "them; the first step of each takes minutes")
     p.add_argument("--lengths", default="256,512,1024,2048,4096")
     p.add_argument("--reference", default=os.environ.get("ONEFILE_NESTED_LEARNING", ""))
     args = p.parse_args()

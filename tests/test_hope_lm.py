@@ -117,7 +117,7 @@ def test_chunks_equal_the_token_loop(C, rule, own, residual):
     (h.Rule(delta=False, threshold=0.35), 2), (h.Rule(kind="delta_momentum", boundary=True), 2),
     (h.Rule(kind="dmgd", boundary=True, momentum=True), 2)])
 def test_a_family_learns_as_its_memories_would_alone(rule, depth):
-    """Maps, store and gates side by side: weights after a chunk, what q and z are told, and every gradient."""
+    """Maps, store and gates: weights after a chunk, what q and z are told, and every gradient."""
     cfg = tiny(memory_depth=depth)
     q, k, v, eta, keep, mom = (x.expand(1, 2, 1, *x.shape) for x in random_rows(19, 8))
     rows = k, v, eta, keep.log(), mom.log() if rule.momentum else None
@@ -127,7 +127,7 @@ def test_a_family_learns_as_its_memories_would_alone(rule, depth):
             m.layers[-1].mul_(20)
     family = h.Family(cfg, 8, rule, maps, store, gates)
     out, state = family.scan(family.start(1), q, *rows)
-    told, names = family.recall(state, {m: v for m in (maps, store, gates)}), []
+    told = family.recall(state, {m: v for m in (maps, store, gates)})
     layers = [W for m in (maps, store, gates) for W in m.layers]
     got = torch.autograd.grad(out.square().sum() + sum(t.square().sum() for t in told.values()), layers)
     total, wide = 0, 0
@@ -242,7 +242,7 @@ def test_backward_of_a_chunk_is_its_gradient(delta, momentum, again, asked, late
     (True, True, "proximal", 0.8), (False, True, "unit", 0.8), (True, False, "none", 0.8),
     (False, False, "proximal", 0.0)])
 def test_a_lesson_is_recall_and_surprise_and_its_backward_their_gradient(depth, residual, own, normal, clip):
-    """Two groups, of two memories and of one narrower: values against the script's lines, gradient by differences."""
+    """Two groups, two memories and a narrower one: values of the script's lines, gradient by differences."""
     g = torch.Generator().manual_seed(depth)
     r = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_()    # noqa: E731
     k, v, eta = r(1, 1, 1, 2, 3), r(1, 1, 1, 2, 3), r(1, 1, 1, 2)
@@ -256,7 +256,8 @@ def test_a_lesson_is_recall_and_surprise_and_its_backward_their_gradient(depth, 
     def lines(k, v, eta, Ws):
         """-> W k, w, step, k k^T; x, W x, w, step, x x^T."""
         wide, rows, deeper = [], [], []
-        paces = {"proximal": lambda n: eta / (1 + eta * n), "unit": lambda n: eta / n, "none": lambda n: eta + 0 * n}
+        paces = {"proximal": lambda n: eta / (1 + eta * n), "unit": lambda n: eta / n,
+                 "none": lambda n: eta + 0 * n}
         for (_, _, res), group in zip(shapes, Ws):
             outputs, inputs, slopes = h.recall(group, k)
             error = outputs[-1] - (h.answer(group, v, False) if own else v)
@@ -597,7 +598,7 @@ def test_split_gives_every_parameter_one_optimizer_and_kernels_go_to_adamw():
 def test_outer_clock_moves_levels_at_their_period_by_the_summed_gradient():
     cfg = tiny(variant="hope", cms_levels=2, outer_periods=(1, 3))
     net = h.LM(cfg)
-    outer = optim.Outer(net, "adamw", 1e-3, 0.02, 0.0, lambda n: h.level_period(cfg, n))
+    outer = optim.Outer(net, "adamw", 1e-3, 0.02, 0.0, lambda n: optim.level_period(cfg, n))
     slow = net.blocks[0].cms.levels[1][0]
     first, fast_first = slow.detach().clone(), net.blocks[0].cms.levels[0][0].detach().clone()
     for step in (1, 2, 3):

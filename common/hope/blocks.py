@@ -223,6 +223,12 @@ def sum_gates(tree):
     return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
 
 
+def pairs(batch, device):
+    """A loader's rows -> (input, target) on the device."""
+    a, b = batch if isinstance(batch, tuple) else (batch[:, :-1], batch[:, 1:])
+    return torch.from_numpy(a.copy()).to(device), torch.from_numpy(b.copy()).to(device)
+
+
 def teach_signal(logits_BTV, target_BT, head_VD):
     """dL/dh at the head's input for the summed cross entropy: (softmax(z) - onehot(y)) W, 0
     where there is no target."""

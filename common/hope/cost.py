@@ -76,6 +76,16 @@ def finished(root, arms, want, free):
     return rows
 
 
+def report(title, root, arms, want, free):
+    """table.json, table.md and curves.png of the arms trained so far under root -> the table."""
+    rows = finished(root, arms, want, free)
+    made = table(title, rows)
+    (root / "table.json").write_text(json.dumps(rows, indent=1))
+    (root / "table.md").write_text(made)
+    curves(root, rows)
+    return made
+
+
 def table(title, rows):
     """Markdown of an ablation: arm -> list of runs, dict(val_bpb, accuracy, time_s, params)."""
     lines = [f"# {title}", "",

@@ -1,8 +1,8 @@
 """What a chunk teaches a memory: the answers of an MLP, the gradient rows of its error, and their backward.
 
-Memories that learn the same keys are taught together: layer 1 of all is one wide matrix, the deeper layers of
-like ones are stacked [B,H,M,O,I].  Their own gradient is part of the model, so the outer gradient needs second
-derivatives.  They are written out here: autograd's graph of the same lines has three times the
+Memories that learn the same keys are taught together: layer 1 of all is one wide matrix, the deeper layers
+of like ones are stacked [B,H,M,O,I].  Their own gradient is part of the model, so the outer gradient needs
+second derivatives.  They are written out here: autograd's graph of the same lines has three times the
 tensors, and on a CPU reading and writing tensors is what costs.  Products are kept, elementwise parts redone.
 
 B sequences  H heads  M memories  C tokens of a chunk  K head width  O, I rows out, in
@@ -77,7 +77,9 @@ class Plan(NamedTuple):
 def alone(plan, *lists):
     """The memory that q asks, by itself: the last of the first group -> plan, Ws (Ss, ...; None as it is)."""
     M, O, residual = plan.groups[0]
-    last = lambda W, i: W if W is None else W[:, :, M - 1:] if i else W[..., M * O - O:M * O, :]    # noqa: E731
+
+    def last(W, i):
+        return W if W is None else W[:, :, M - 1:] if i else W[..., M * O - O:M * O, :]
     one = [Ws and [last(W, i) for i, W in enumerate(Ws[:plan.depth(Ws)])] for Ws in lists]
     return plan._replace(groups=((1, O, residual),)), *one
 
@@ -100,15 +102,15 @@ def sides(plan, gates, depth):
 
 
 def summed(plan, kind, W, S, x, w, log_keep, log_mom, wide):
-    """One layer under a rule that acts once a chunk, on the sum of its writes; layer 1: each memory by itself."""
+    """One layer under a rule that acts once a chunk, on the sum of its writes; layer 1: memory by memory."""
     keep = log_keep.sum(-1).exp()
     if not wide:
         return chunk_rule(kind, W, S, -(w.mT @ x), keep, log_mom)
     moved, at = [], slice(0, 0)
     for j, (M, O, _) in enumerate(plan.groups):
         at = slice(at.stop, at.stop + M * O)
-        moved.append(chunk_rule(kind, apart(W[..., at, :], M, 3), S and S[j], -(apart(w[..., at], M, 4).mT @ x),
-                                keep, log_mom))
+        g = -(apart(w[..., at], M, 4).mT @ x)
+        moved.append(chunk_rule(kind, apart(W[..., at, :], M, 3), S and S[j], g, keep, log_mom))
     return torch.cat([together(W, 3) for W, _ in moved], 3), [S for _, S in moved]
 
 
@@ -126,7 +128,7 @@ def stepped(plan, eta, square):
 
 
 def scaled(plan, step, square, size, gate):
-    """w = s g: -> s = -step, clipped, 0 where the gate is shut; s / step; where the clip cuts (None: no clip)."""
+    """w = s g -> s = -step, clipped, 0 where the gate is shut; s / step; where the clip cuts (None: none)."""
     cap, over = step.new_ones(()), None
     if plan.clip:
         load = size * square.clamp(min=1e-12).sqrt()
@@ -153,11 +155,12 @@ def of_step(plan, eta, square, g, size, gate, gw, gstep):
 
 
 class Lesson(torch.autograd.Function):
-    """Rows k, v [B,H,1,C,K], eta [B,H,1,C], W [B,H,1,O,K] (layer 1 of all memories) and, group by group, deeper
-    layers [B,H,M,O,I] -> W k, w, step, k k^T of layer 1; x, W x, w, step, x x^T of each deeper one; gates.
+    """Rows k, v [B,H,1,C,K], eta [B,H,1,C], W [B,H,1,O,K] (layer 1 of all memories) and, group by group,
+    deeper layers [B,H,M,O,I] -> W k, w, step, k k^T of layer 1; x, W x, w, step, x x^T of each deeper; gates.
 
-    x_1 = k, x_{i+1} = s(W_i x_i); e = M(k) - M(v) (own) or M(k) - v; g_n = e, g_i = (g_{i+1} W_{i+1}) s'(W_i x_i):
-    the gradient of 1/2|e|^2 is g x^T, and w = -step g, clipped.  gates [B,H,M,1] (1 without a threshold): 1, 0.
+    x_1 = k, x_{i+1} = s(W_i x_i); e = M(k) - M(v) (own) or M(k) - v; g_n = e and
+    g_i = (g_{i+1} W_{i+1}) s'(W_i x_i): the gradient of 1/2|e|^2 is g x^T, and w = -step g, clipped.  gates
+    [B,H,M,1]: 1 or 0 (no threshold: [1]).
     """
 
     @staticmethod
@@ -216,7 +219,8 @@ class Lesson(torch.autograd.Function):
         for M, O, residual in plan.groups:
             Vs, at = deep[len(gdeep):len(gdeep) + n], slice(at.stop, at.stop + M * O)
             p, x, before, g, sizes, squares, (gate,) = map(take, (n, n, n, n + 1, n + 1, n, 1))
-            gx, gz, gws, gsteps, ggrams = zip(*([next(grads) for _ in range(5)] for _ in range(n))) if n else [()] * 5
+            theirs = [[next(grads) for _ in range(5)] for _ in range(n)]
+            gx, gz, gws, gsteps, ggrams = zip(*theirs) if n else [()] * 5
             side = [None if t is None else apart(t[..., at], M, 4) for t in (gwide, gw)]
             gg = []
             for i, (gw_i, gstep_i) in enumerate(zip((side[1], *gws), (None, *gsteps))):
@@ -235,16 +239,16 @@ class Lesson(torch.autograd.Function):
                 down = row.new_empty(*row.shape[:-1], W.shape[-2])
             apart(down[..., at], M, 4).copy_(below)
             gdeep, ge = gdeep + gVs, ge.sum(2, keepdim=True)
-            ge_residual, ge_all = add(ge_residual, ge if residual else None), add(ge_all, ge if not plan.own else None)
+            ge_residual, ge_all = add(ge_residual, ge if residual else None), add(ge_all, ge)
         grow = down @ W
         gk = add(add(grow[..., :C, :], of_gram(ggram, gsquare, row[..., :C, :])), ge_residual)
-        gv = -ge_all if not plan.own else grow[..., C:, :] if ge_residual is None else grow[..., C:, :] - ge_residual
+        gv = add(grow[..., C:, :], None if ge_residual is None else -ge_residual) if plan.own else -ge_all
         return None, gk, gv, geta, down.mT @ row, *gdeep
 
 
 def of_gradients(C, Vs, p, x, before, g, gg):
-    """Back through the gradient rows, first layer to last, from gradients gg at them -> those at every W x but
-    the last, at e, and at the layers V."""
+    """Back through the gradient rows, first layer to last, from gradients gg at them -> those at every W x
+    but the last, at e, and at the layers V."""
     turn, gVs, flow = [], [], None
     for i, V in enumerate(Vs):
         up, flow = add(gg[i], flow), None
@@ -261,8 +265,8 @@ def of_gradients(C, Vs, p, x, before, g, gg):
 
 
 def of_answers(C, own, Vs, p, x, gz, gx, curves, turn, ge, gVs):
-    """Back through the answers, last layer to first -> gradient at W x of the first, k's rows above v's; gVs is
-    added to.  gz, turn: gradients at W x of k; gx, curves: at the inputs x."""
+    """Back through the answers, last layer to first -> gradient at W x of the first, k's rows above v's; gVs
+    is added to.  gz, turn: gradients at W x of k; gx, curves: at the inputs x."""
     last = add(gz[-1], ge)
     down = torch.cat([last, -ge], -2) if own else last
     for i in reversed(range(len(Vs))):

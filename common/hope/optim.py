@@ -3,9 +3,12 @@ all ranks (ZeRO-1, FSDP2).
 
     split(named parameters)          matrices -> Muon or M3; embeddings, norms, biases, kernels, stacks ->
                                      AdamW
+    length_at, rate, ...             schedules
     Outer(groups, ...)               .step(step, factor): clocks, both optimizers, ZeRO-1 broadcast;
                                      .state_dict()
 """
+
+import math
 
 import torch
 import torch.distributed as dist
@@ -246,3 +249,29 @@ class Shards:
     def load_state_dict(self, tree):
         for n, p in self.params.items():
             p.to_local().copy_(tree[n])
+
+
+def length_at(cfg, step):
+    """Row length of a step: the curriculum in equal shares."""
+    return cfg.curriculum[(step - 1) * len(cfg.curriculum) // cfg.steps] if cfg.curriculum else cfg.length
+
+
+def rate(cfg, step):
+    """Warm-up, then cosine to a tenth."""
+    warm = max(1, round(cfg.warmup * cfg.steps))
+    if step <= warm:
+        return step / warm
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, cfg.steps - warm))
+
+
+def teach_rate(cfg, step):
+    """The teach signal's schedule: linear up, constant, linear to 0."""
+    up, down = cfg.teach_warmup * cfg.steps, cfg.teach_decay * cfg.steps
+    return min(1.0, step / max(1.0, up), max(0.0, (cfg.steps - step) / max(1.0, down)))
+
+
+def level_period(cfg, name):
+    """Optimizer steps between moves of a parameter: the outer clock of its CMS level."""
+    parts = name.split(".")
+    slow = cfg.cms == "outer" and "levels" in parts
+    return cfg.outer_periods[int(parts[parts.index("levels") + 1])] if slow else 1

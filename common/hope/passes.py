@@ -30,7 +30,7 @@ def unit(x):
 
 
 class RootMeanSquare(torch.autograd.Function):
-    """y = x / sqrt(mean x^2 + eps); the backward, (g - y mean(g y)) / that root, in half of autograd's passes."""
+    """y = x / sqrt(mean x^2 + eps); the backward, (g - y mean(g y)) / root, in half of autograd's passes."""
 
     @staticmethod
     def forward(ctx, x, eps):
@@ -48,7 +48,7 @@ class RootMeanSquare(torch.autograd.Function):
 
 
 def rms_norm(x, weight=None, eps=None):
-    """[weight] x / sqrt(mean x^2 + eps) over the last axis: one kernel of PyTorch's on a GPU, eleven on a CPU."""
+    """[weight] x / sqrt(mean x^2 + eps), last axis: one kernel of PyTorch's on a GPU, many on a CPU."""
     if x.device.type != "cpu":
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     y = RootMeanSquare.apply(x, torch.finfo(x.dtype).eps if eps is None else eps)
