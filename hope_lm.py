@@ -417,8 +417,7 @@ class Titans(nn.Module):
 class MAC(nn.Module):
     """Memory as context: attention over [P; M(s W_Q); s] in a segment, y * M(y) after writing y (T 21-25).
 
-    The product is MAG's gate (T 4.2), and attention is a block with a residual (T 4.4): what an untrained
-    attention returns is one average for all tokens, and a memory that reads it alone cannot tell them apart.
+    The product is MAG's gate (T 4.2).  Attention has a residual (T 4.4): untrained, it is one average for all.
     """
 
     def __init__(self, cfg):
@@ -1067,9 +1066,8 @@ ABLATIONS = {
     "backbone": {name: dict(variant=name) for name in VARIANTS}
     | dict(hope_written=dict(variant="hope", forget="written")),
     "paper": {"full": {}, "no DGD": dict(inner="momentum"), "no momentum": dict(inner="dgd"),
-              "no decay": dict(decay=False),
-              "no CMS": dict(cms_levels=0), "k slow": dict(adapt="vg"), "v slow": dict(adapt="kg"),
-              "q adaptive": dict(adapt="kvqg")},
+              "no decay": dict(decay=False), "no CMS": dict(cms_levels=0), "k slow": dict(adapt="vg"),
+              "v slow": dict(adapt="kg"), "q adaptive": dict(adapt="kvqg")},
 }
 
 
