@@ -232,8 +232,7 @@ def learn(plan, rule, base, Ws, Ss, k, v, eta, log_keep, log_mom, q):
     # recall() and surprise() with their backward; in layer 1 all memories have the same input k
     Wk, w, step, gram, *made, gates = Lesson.apply(plan, k, v, eta, *now)
     layers = [(k, Wk, w, step, gram), *(made[i:i + 5] for i in range(0, len(made), 5))]
-    depth = plan.depth(Ws)
-    shut = sides(plan, gates, depth)
+    depth, shut = plan.depth(Ws), sides(plan, gates, plan.depth(Ws))
     early, late = (q is not None and not rule.boundary and rule.before == when for when in (True, False))
     rates = decays(log_keep, log_mom, rule.delta or early, late) if rule.kind == "scan" else None
     W_new, S_new, h = [], [], q if early or late else None

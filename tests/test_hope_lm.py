@@ -46,10 +46,11 @@ def silu_prime(z):
     return s + z * s * (1 - s)
 
 
-def memory_loop(W1, W2, k, v, eta, keep, mom, q, rule, residual, own, C):
-    """One head, one memory, written from T 9-15 / NL 83-97: gradients at the weights of
-    the last chunk boundary."""
-    S1, S2 = torch.zeros_like(W1), torch.zeros_like(W2)
+def memory_loop(W1, W2, k, v, eta, keep, mom, q, rule, residual, own, C, written=False):
+    """One head, one memory, written from T 9-15 / NL 83-97: gradients at the weights of the last chunk
+    boundary.  written: decay and erasure leave the first weights alone."""
+    S1, S2, zero = torch.zeros_like(W1), torch.zeros_like(W2), torch.zeros_like
+    first = (W1, W2) if written else (zero(W1), zero(W2))
     outs, base = [], (W1, W2)
     M = lambda Ws, z: Ws[1] @ F.silu(Ws[0] @ z) + (z if residual else 0)   # noqa: E731
     for t in range(len(k)):
@@ -61,13 +62,15 @@ def memory_loop(W1, W2, k, v, eta, keep, mom, q, rule, residual, own, C):
         a = F.silu(z)
         e = M(base, k[t]) - (M(base, v[t]) if own else v[t])
         new = []
-        for W, S, x, g in ((W1, S1, k[t], (base[1].T @ e) * silu_prime(z)), (W2, S2, a, e)):
+        for W0, W, S, x, g in ((first[0], W1, S1, k[t], (base[1].T @ e) * silu_prime(z)),
+                               (first[1], W2, S2, a, e)):
             if rule.clip:
                 g = g * min(1.0, float(rule.clip / (g.norm() * x.norm()).clamp(min=1e-12)))
             n = x @ x
             step = {"proximal": eta[t] / (1 + eta[t] * n), "unit": eta[t] / n, "none": eta[t]}[rule.normal]
             S = (mom[t] * S if rule.momentum else 0) - step * torch.outer(g, x)
-            W = keep[t] * W - (step * torch.outer(W @ x, x) if rule.delta else 0) + S
+            U = W - W0
+            W = W0 + keep[t] * U - (step * torch.outer(U @ x, x) if rule.delta else 0) + S
             new += [W, S]
         W1, S1, W2, S2 = new
         if not rule.before:
@@ -85,16 +88,18 @@ def random_rows(T, K, seed=0):
 
 
 @pytest.mark.parametrize("C", [1, 7, 16, 64])
-@pytest.mark.parametrize("rule,own,residual", [
-    (h.Rule(delta=False, momentum=True), False, False),                         # Titans
-    (h.Rule(delta=False, momentum=False, normal="none", clip=0.0), False, False),
-    (h.Rule(delta=True, momentum=True, before=True), True, True),               # HOPE
-    (h.Rule(delta=True, momentum=False, before=True), True, True),
-    (h.Rule(delta=True, momentum=True, normal="unit"), True, True)])
-def test_chunks_equal_the_token_loop(C, rule, own, residual):
+@pytest.mark.parametrize("rule,own,residual,forget", [
+    (h.Rule(delta=False, momentum=True), False, False, "all"),                          # Titans
+    (h.Rule(delta=False, momentum=False, normal="none", clip=0.0), False, False, "all"),
+    (h.Rule(delta=True, momentum=True, before=True), True, True, "all"),                # HOPE
+    (h.Rule(delta=True, momentum=True, before=True), True, True, "written"),
+    (h.Rule(delta=False, momentum=True), False, False, "written"),
+    (h.Rule(delta=True, momentum=False, before=True), True, True, "all"),
+    (h.Rule(delta=True, momentum=True, normal="unit"), True, True, "all")])
+def test_chunks_equal_the_token_loop(C, rule, own, residual, forget):
     T, K = 37, 5                                    # 37: a ragged tail for every C but 1
     q, k, v, eta, keep, mom = random_rows(T, K)
-    cfg = tiny(width=2 * K, heads=2)
+    cfg = tiny(width=2 * K, heads=2, forget=forget)
     torch.manual_seed(3)
     memory = h.Memory(cfg, residual=residual).double()
     family = h.Family(cfg, C, rule, memory, own_target=own)
@@ -106,10 +111,10 @@ def test_chunks_equal_the_token_loop(C, rule, own, residual):
     state = family.flush(state)
     for head in (0, 1):
         W1, W2, want = memory_loop(memory.layers[0][head, 0], memory.layers[1][head, 0], k, v, 0.5 * eta,
-                                   keep, mom, q, rule, residual, own, C)
+                                   keep, mom, q, rule, residual, own, C, forget == "written")
         assert (out[0, head, 0] - want).abs().max() < 1e-10
-        assert (state[0][0][0, head, 0] - W1).abs().max() < 1e-10
-        assert (state[0][1][0, head, 0] - W2).abs().max() < 1e-10
+        for W, end in zip(family.weights(state[0]), (W1, W2)):
+            assert (W[0, head, 0] - end).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("rule,depth", [
@@ -323,9 +328,14 @@ def test_unit_rows_and_their_gradient_are_those_of_normalize():
     assert ((a - b).abs() <= 1e-12 * b.abs().amax(-1, keepdim=True)).all()
 
 
-@pytest.mark.parametrize("variant", h.VARIANTS)
-def test_every_variant_is_causal_streams_and_keeps_sequences_apart(variant):
-    net, x = net_of(variant=variant), tokens(2, 37)
+ONE = dict(variant="hope", chunk_self=8)            # maps, gates and store write the same chunks: one family
+
+
+@pytest.mark.parametrize("kw", [*(dict(variant=v) for v in h.VARIANTS), ONE, dict(ONE, forget="written"),
+                                dict(variant="hope", forget="written"), dict(variant="mac", forget="written"),
+                                dict(ONE, surprise_threshold=0.5), dict(ONE, adapt="")], ids=str)
+def test_every_variant_is_causal_streams_and_keeps_sequences_apart(kw):
+    net, x = net_of(**kw), tokens(2, 37)
     logits = net(x)
     other = x.clone()
     other[:, 20] = (other[:, 20] + 1) % 31
@@ -339,6 +349,37 @@ def test_every_variant_is_causal_streams_and_keeps_sequences_apart(variant):
     alone = torch.cat([net(x[:1]), net(x[1:])])
     assert (alone - logits).abs().max() < 1e-12
     assert torch.equal(net.eval()(x), net.train()(x))
+
+
+@pytest.mark.parametrize("forget", ["all", "written"])
+def test_one_family_is_maps_and_store_apart(forget):
+    """The store beside the maps and gates that make its rows, and by itself: outputs and gradients."""
+    net, x, results = net_of(**ONE, forget=forget), tokens(2, 37), []
+    for _ in range(2):
+        logits = net(x)
+        results.append((logits, torch.autograd.grad(logits.square().sum(), list(net.parameters()))))
+        for mixer in (block.mixer for block in net.blocks):
+            family = mixer.family
+            mixer.family = h.Family(net.cfg, family.chunk, family.rule, mixer.maps, mixer.gates)
+            mixer.answers = h.Family(net.cfg, family.chunk, family.rule, mixer.store)
+    (a, da), (b, db) = results
+    assert (a - b).abs().max() < 1e-12
+    for p, q in zip(da, db):
+        assert (p - q).abs().max() < 1e-12 * q.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("kw", [ONE, dict(ONE, forget="written"), dict(variant="lmm")], ids=str)
+def test_the_life_of_a_chunk_is_one_graph_for_the_compiler(kw):
+    net, x = net_of(**kw), tokens(2, 29)
+    want = net(x)
+    grads = torch.autograd.grad(want.square().sum(), list(net.parameters()))
+    body = torch.compile(h.learn, backend="aot_eager", fullgraph=True)
+    for family in (f for m in net.modules() for f in vars(m).values() if isinstance(f, h.Family)):
+        family.body = body
+    made = net(x)
+    assert (made - want).abs().max() < 1e-12
+    for a, b in zip(torch.autograd.grad(made.square().sum(), list(net.parameters())), grads):
+        assert (a - b).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("variant", ["hope", "lmm", "mac", "mag", "mal"])

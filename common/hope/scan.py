@@ -235,7 +235,8 @@ class Chunk(torch.autograd.Function):
                 gxS = gright @ S
                 gB, gx = (gxS * x).sum(-1), plus(gx, before.B[..., None], gxS)
                 gS = acc(gS, gright.mT, before.B[..., None] * x)
-            g_before = [add(a, b) for a, b in zip(g_before, (gA, gB, gC, gR))]
+            theirs = zip(before, g_before, (gA, gB, gC, gR))    # of one memory, of all: not to be broadcast
+            g_before = [add(into(a, like), into(b, like)) for like, a, b in theirs]
         grads = [gW, gS, gx, ggram, gw, grho, None, gWx, gq, *g_before, *g_now, *g_end]
         likes = [W, S, x, gram, w, rho, None, Wx, q, *before, *now, *end]
         return None, None, *(into(grad, like) for grad, like in zip(grads, likes))
