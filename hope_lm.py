@@ -414,7 +414,10 @@ class Titans(nn.Module):
 
 
 class MAC(nn.Module):
-    """Memory as context: attention over [P; M(s W_Q); s] in a segment, y * M(y) after writing y (T 21-25)."""
+    """Memory as context: attention over [P; M(s W_Q); s] in a segment, y * M(y) after writing y (T 21-25).
+
+    The product is MAG's gate (T 4.2).  Attention has a residual (T 4.4): untrained, it is one average for all.
+    """
 
     def __init__(self, cfg):
         super().__init__()
@@ -422,7 +425,7 @@ class MAC(nn.Module):
         self.heads = cfg.heads
         self.qkv, self.query = linear(D, 3 * D), linear(D, D)
         self.persistent = nn.Parameter(torch.randn(cfg.persistent, D) * 0.02)
-        self.core = Titans(cfg, 0, gate=False)
+        self.norm, self.core = RMSNorm(D), Titans(cfg, 0, gate=False)
 
     def forward(self, x, state):
         memory, family, outs, lo = self.core.memory, self.core.family, [], 0
@@ -434,8 +437,9 @@ class MAC(nn.Module):
                 asked = {memory: unit(cut(self.query(s), self.heads))}
                 h = family.recall(core["family"], asked)[memory]
             y, cache = self._attend(s, glue(h).to(x.dtype), cache)
-            m, core = self.core.scan(y, core)
-            outs.append(self.core.out(y * m))
+            y = self.norm(s + y)
+            m, core = self.core.scan(y, core)               # m is normalised there
+            outs.append(self.core.out(F.silu(y) * F.silu(m)))
             cache = None if family.room(core["family"]) == family.chunk else cache
             lo += s.shape[1]
         return torch.cat(outs, 1), dict(core=core, cache=cache)
@@ -1061,9 +1065,8 @@ ABLATIONS = {
     "backbone": {name: dict(variant=name) for name in VARIANTS}
     | dict(hope_written=dict(variant="hope", forget="written")),
     "paper": {"full": {}, "no DGD": dict(inner="momentum"), "no momentum": dict(inner="dgd"),
-              "no decay": dict(decay=False),
-              "no CMS": dict(cms_levels=0), "k slow": dict(adapt="vg"), "v slow": dict(adapt="kg"),
-              "q adaptive": dict(adapt="kvqg")},
+              "no decay": dict(decay=False), "no CMS": dict(cms_levels=0), "k slow": dict(adapt="vg"),
+              "v slow": dict(adapt="kg"), "q adaptive": dict(adapt="kvqg")},
 }
 
 

@@ -412,6 +412,20 @@ def test_first_loss_is_the_uniform_one_and_order_matters():
         assert (net(swapped)[:, -1] - net(x)[:, -1]).abs().max() > 1e-6
 
 
+def test_memory_of_mac_tells_tokens_apart_before_training():
+    """It reads the tokens and what attention adds: untrained attention alone is one average for all of them,
+    and the memory could learn nothing from rows that are equal (mean cosine 0.9 without the residual)."""
+    net, rows = net_of(variant="mac", width=64, chunk=32), []
+    core = net.blocks[0].mixer.core
+    scan = core.scan
+    core.scan = lambda y, state: (rows.append(y.detach()), scan(y, state))[1]
+    net(tokens(1, 64))
+    for y in rows:
+        unit = torch.nn.functional.normalize(y[0], dim=-1)
+        n = len(unit)
+        assert float((unit @ unit.T).sum() - n) / (n * n - n) < 0.3
+
+
 def test_adapt_switch_removes_the_self_modifier():
     on, off = net_of(variant="hope"), net_of(variant="hope", adapt="")
     names = lambda net: {n for n, _ in net.named_parameters()}   # noqa: E731
