@@ -415,9 +415,7 @@ class Titans(nn.Module):
 
 class MAC(nn.Module):
     """Memory as context: attention over [P; M(s W_Q); s] in a segment, y * M(y) after writing y (T 21-25).
-
-    The product is MAG's gate (T 4.2).  Attention has a residual (T 4.4): untrained, it is one average for all.
-    """
+    The product is MAG's gate (T 4.2).  Attention has a residual (T 4.4): untrained it is one average for all."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -429,8 +427,7 @@ class MAC(nn.Module):
 
     def forward(self, x, state):
         memory, family, outs, lo = self.core.memory, self.core.family, [], 0
-        core = state.get("core") or dict(tail=None, family=family.start(len(x)))
-        cache = state.get("cache")
+        core, cache = state.get("core") or dict(tail=None, family=family.start(len(x))), state.get("cache")
         while lo < x.shape[1]:                              # segments end where the memory writes
             s = x[:, lo:lo + family.room(core["family"])]
             with torch.autocast(x.device.type, enabled=False):
@@ -703,7 +700,7 @@ class LM(nn.Module):
     def forward(self, tokens_BT, state=None):
         x, blocks = F.embedding(tokens_BT, self.embed), []
         for i, block in enumerate(self.blocks):
-            past = dict(mixer=dict(over=True)) if state is None else state["blocks"][i]     # over: no more comes
+            past = dict(mixer=dict(over=True)) if state is None else state["blocks"][i]  # over: no more comes
             again = self.cfg.remat == "block" and self.training
             x, new = checkpoint(block, x, past, use_reentrant=False) if again else block(x, past)
             blocks.append(new)
