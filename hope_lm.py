@@ -415,7 +415,7 @@ class Titans(nn.Module):
 
 class MAC(nn.Module):
     """Memory as context: attention over [P; M(s W_Q); s] in a segment, y * M(y) after writing y (T 21-25).
-    The product is MAG's gate (T 4.2).  Attention has a residual (T 4.4): untrained it is one average for all."""
+    The product is MAG's gate (T 4.2); attention has a residual (T 4.4): untrained, it is one mean for all."""
 
     def __init__(self, cfg):
         super().__init__()

@@ -243,6 +243,23 @@ def test_backward_of_a_chunk_is_its_gradient(delta, momentum, again, asked, late
     assert torch.autograd.gradcheck(chunk, inputs, atol=1e-6)
 
 
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("part,M", [((1, 2, True), 2), ((1, 3, False), 1)])
+def test_backward_of_a_chunk_that_asks_one_memory(part, M, late):
+    """q asks the second of two stacked memories, or rows 1 and 2 of a wide one; all share one decay."""
+    g = torch.Generator().manual_seed(0)
+    r = lambda *s: torch.randn(1, 1, *s, generator=g, dtype=torch.float64)      # noqa: E731
+    W, S, x, w, q = r(M, 3, 2), r(M, 3, 2), r(M, 4, 2), r(M, 4, 3), r(1, 4, 2)
+    rho, keep, mom = (torch.rand(1, 1, m, 4, generator=g, dtype=torch.float64) for m in (M, 1, 1))
+    inputs = [t.requires_grad_() for t in (W, S, x, w, q, rho, keep, mom)]
+
+    def chunk(W, S, x, w, q, rho, keep, mom):
+        return h.advance(W, S, x, w, rho, h.decays(-keep, -mom), None, q, late, part=part)
+    everything = h.advance(W, S, x, w, rho, h.decays(-keep, -mom), None, q.expand(1, 1, M, 4, 2), late)[2]
+    assert torch.equal(chunk(*inputs)[2], everything[:, :, 1:] if part[2] else everything[..., 1:3])
+    assert torch.autograd.gradcheck(chunk, inputs, atol=1e-6)
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("residual,own,normal,clip", [
     (True, True, "proximal", 0.8), (False, True, "unit", 0.8), (True, False, "none", 0.8),
