@@ -330,7 +330,7 @@ class Family:
         for i, part in enumerate(parts):
             if part[1].shape[3] == self.chunk and not (over and i == len(parts) - 1):
                 Ws, Ss, out, gate = self._chunk(Ws, Ss, part)
-                gates = [gates[0] + gate.mean(), gates[1] + 1]
+                gates = self.count(gates, gate)
             else:
                 held, out = part, None
                 if part[0] is not None:             # nothing is written: ask the one memory alone
@@ -345,7 +345,11 @@ class Family:
         if held is None:
             return state
         Ws, Ss, _, gate = self._chunk(Ws, Ss, [None, *held[1:]])
-        return Ws, Ss, None, [gates[0] + gate.mean(), gates[1] + 1]
+        return Ws, Ss, None, self.count(gates, gate)
+
+    def count(self, gates, gate):
+        n = sum(m.count for group in self.groups for m in group)
+        return [gates[0] + gate.mean() * n, gates[1] + n]
 
     def _ask(self, Ws, Ss, part):
         if self.rule.boundary:
@@ -791,13 +795,16 @@ def fast_weights(module, state):
     return kept
 
 
+def families(net):
+    return [f for module in net.modules() for f in vars(module).values() if isinstance(f, Family)]
+
+
 def compiled(net):
     """--compile: the life of a chunk as one graph (minutes, once), on a CPU without Python in between."""
     cpu = next(net.parameters()).device.type == "cpu"
     body = torch.compile(learn, options=dict(cpp_wrapper=True) if cpu else None)
-    for family in (f for m in net.modules() for f in vars(m).values() if isinstance(f, Family)):
+    for family in families(net):
         family.body = body
-    return net
 
 
 def build(cfg):
@@ -963,15 +970,7 @@ def validate_loss(net, data, cfg, ddp, rows=0, T=0):
         sums += torch.stack([(loss.double() * scored).sum(0), (hits * scored).sum(0), scored.sum(0)])
     sums = run.all_mean(sums, ddp) * ddp.world
     net.train()
-    loss = float(sums[0].sum() / sums[2].sum())
-    edges = [0] + [e for e in (64 * 2**i for i in range(20)) if e < T] + [T]
-    share = lambda i, a, b: float(sums[i, a:b].sum() / sums[2, a:b].sum())   # noqa: E731
-    by_position = {f"{a}-{b}": share(0, a, b) for a, b in zip(edges, edges[1:]) if sums[2, a:b].sum()}
-    found = dict(val_loss=loss, val_bpb=loss / math.log(2) / data.bytes_per_token, val_rows=len(tokens),
-                 loss_by_position=by_position)
-    if cfg.task != "text":
-        found.update(accuracy=share(1, 0, T), accuracy_second_half=share(1, T // 2, T))
-    return found
+    return dict(val_rows=len(tokens), **cost.shares(sums, data.bytes_per_token, cfg.task != "text"))
 
 
 # --- sample, evaluate, plan, verify, ablate --------------------------------------------------------
