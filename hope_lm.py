@@ -330,7 +330,7 @@ class Family:
         for i, part in enumerate(parts):
             if part[1].shape[3] == self.chunk and not (over and i == len(parts) - 1):
                 Ws, Ss, out, gate = self._chunk(Ws, Ss, part)
-                gates = [gates[0] + gate.mean(), gates[1] + 1]
+                gates = self.count(gates, gate)
             else:
                 held, out = part, None
                 if part[0] is not None:             # nothing is written: ask the one memory alone
@@ -345,7 +345,11 @@ class Family:
         if held is None:
             return state
         Ws, Ss, _, gate = self._chunk(Ws, Ss, [None, *held[1:]])
-        return Ws, Ss, None, [gates[0] + gate.mean(), gates[1] + 1]
+        return Ws, Ss, None, self.count(gates, gate)
+
+    def count(self, gates, gate):
+        n = sum(m.count for group in self.groups for m in group)
+        return [gates[0] + gate.mean() * n, gates[1] + n]
 
     def _ask(self, Ws, Ss, part):
         if self.rule.boundary:
@@ -359,7 +363,7 @@ class Family:
         args = (plan, self.rule, base, Ws, Ss, *rows, q)
         if self.remat and self.groups[0][0].training:
             return checkpoint(self.body, *args, use_reentrant=False)
-        return self.body(*args)
+        return (self.body if torch.is_grad_enabled() else learn)(*args)     # --compile is for training
 
 
 # --- model: sequence mixers ------------------------------------------------------------------------
@@ -415,9 +419,7 @@ class Titans(nn.Module):
 
 class MAC(nn.Module):
     """Memory as context: attention over [P; M(s W_Q); s] in a segment, y * M(y) after writing y (T 21-25).
-
-    The product is MAG's gate (T 4.2).  Attention has a residual (T 4.4): untrained, it is one average for all.
-    """
+    The product is MAG's gate (T 4.2); attention has a residual (T 4.4): untrained, it is one mean for all."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -429,8 +431,7 @@ class MAC(nn.Module):
 
     def forward(self, x, state):
         memory, family, outs, lo = self.core.memory, self.core.family, [], 0
-        core = state.get("core") or dict(tail=None, family=family.start(len(x)))
-        cache = state.get("cache")
+        core, cache = state.get("core") or dict(tail=None, family=family.start(len(x))), state.get("cache")
         while lo < x.shape[1]:                              # segments end where the memory writes
             s = x[:, lo:lo + family.room(core["family"])]
             with torch.autocast(x.device.type, enabled=False):
@@ -703,7 +704,7 @@ class LM(nn.Module):
     def forward(self, tokens_BT, state=None):
         x, blocks = F.embedding(tokens_BT, self.embed), []
         for i, block in enumerate(self.blocks):
-            past = dict(mixer=dict(over=True)) if state is None else state["blocks"][i]     # over: no more comes
+            past = dict(mixer=dict(over=True)) if state is None else state["blocks"][i]  # over: no more comes
             again = self.cfg.remat == "block" and self.training
             x, new = checkpoint(block, x, past, use_reentrant=False) if again else block(x, past)
             blocks.append(new)
@@ -794,13 +795,16 @@ def fast_weights(module, state):
     return kept
 
 
+def families(net):
+    return [f for module in net.modules() for f in vars(module).values() if isinstance(f, Family)]
+
+
 def compiled(net):
     """--compile: the life of a chunk as one graph (minutes, once), on a CPU without Python in between."""
     cpu = next(net.parameters()).device.type == "cpu"
     body = torch.compile(learn, options=dict(cpp_wrapper=True) if cpu else None)
-    for family in (f for m in net.modules() for f in vars(m).values() if isinstance(f, Family)):
+    for family in families(net):
         family.body = body
-    return net
 
 
 def build(cfg):
@@ -966,15 +970,7 @@ def validate_loss(net, data, cfg, ddp, rows=0, T=0):
         sums += torch.stack([(loss.double() * scored).sum(0), (hits * scored).sum(0), scored.sum(0)])
     sums = run.all_mean(sums, ddp) * ddp.world
     net.train()
-    loss = float(sums[0].sum() / sums[2].sum())
-    edges = [0] + [e for e in (64 * 2**i for i in range(20)) if e < T] + [T]
-    share = lambda i, a, b: float(sums[i, a:b].sum() / sums[2, a:b].sum())   # noqa: E731
-    by_position = {f"{a}-{b}": share(0, a, b) for a, b in zip(edges, edges[1:]) if sums[2, a:b].sum()}
-    found = dict(val_loss=loss, val_bpb=loss / math.log(2) / data.bytes_per_token, val_rows=len(tokens),
-                 loss_by_position=by_position)
-    if cfg.task != "text":
-        found.update(accuracy=share(1, 0, T), accuracy_second_half=share(1, T // 2, T))
-    return found
+    return dict(val_rows=len(tokens), **cost.shares(sums, data.bytes_per_token, cfg.task != "text"))
 
 
 # --- sample, evaluate, plan, verify, ablate --------------------------------------------------------

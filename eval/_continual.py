@@ -69,19 +69,19 @@ def continual(net, bpe, length, steps, batch=4, lr=1e-3, seed=0):
 
 
 class gates:
-    """Within: every Memory's surprise threshold is `threshold`."""
+    """Within: every memory's surprise threshold is `threshold`."""
 
     def __init__(self, net, threshold):
-        self.memories, self.threshold = [m for m in net.modules() if isinstance(m, hope_lm.Memory)], threshold
+        self.families, self.threshold = hope_lm.families(net), threshold
 
     def __enter__(self):
-        self.old = [m.rule for m in self.memories]
-        for m in self.memories:
-            m.rule = m.rule._replace(threshold=self.threshold)
+        self.old = [family.plan for family in self.families]
+        for family in self.families:
+            family.plan = family.plan._replace(threshold=self.threshold)
 
     def __exit__(self, *_):
-        for m, rule in zip(self.memories, self.old):
-            m.rule = rule
+        for family, plan in zip(self.families, self.old):
+            family.plan = plan
 
 
 def labelled(seed=0, labels=30, examples=30):

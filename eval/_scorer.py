@@ -21,9 +21,8 @@ class Scorer:
         self.paths, self.steps, self.reset, self.oracle = paths, steps, reset, oracle
         self.state, self.events = None, dict(open=0.0, seen=0)
         self.teaches = net.cfg.cms == "context" and net.cfg.levels > 0
-        for module in net.modules():
-            if threshold is not None and isinstance(module, hope_lm.Memory):
-                module.rule = module.rule._replace(threshold=threshold)
+        for family in hope_lm.families(net) if threshold is not None else ():
+            family.plan = family.plan._replace(threshold=threshold)
 
     def split(self, context, continuation):
         """Token ids of both, encoded together; the context's trailing spaces belong to the continuation."""

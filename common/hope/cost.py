@@ -1,6 +1,7 @@
 """Of a hope_lm Config alone: what it refuses and what its run costs; and table and curves of past runs."""
 
 import json
+import math
 import statistics
 
 from common import draw
@@ -74,6 +75,19 @@ def finished(root, arms, want, free):
                 time_s=last[-1]["time_s"], params=start[-1]["params"],
                 loss_by_position=last[-1]["loss_by_position"]))
     return rows
+
+
+def shares(sums, bytes_per_token, answers):
+    """Sums by position [3, T] of loss, hits and targets -> loss, bits per byte, loss by position, accuracy."""
+    T = sums.shape[1]
+    edges = [0] + [e for e in (64 * 2**i for i in range(20)) if e < T] + [T]
+    share = lambda i, a, b: float(sums[i, a:b].sum() / sums[2, a:b].sum())   # noqa: E731
+    by_position = {f"{a}-{b}": share(0, a, b) for a, b in zip(edges, edges[1:]) if sums[2, a:b].sum()}
+    loss = share(0, 0, T)
+    found = dict(val_loss=loss, val_bpb=loss / math.log(2) / bytes_per_token, loss_by_position=by_position)
+    if answers:
+        found.update(accuracy=share(1, 0, T), accuracy_second_half=share(1, T // 2, T))
+    return found
 
 
 def report(title, root, arms, want, free):

@@ -63,7 +63,7 @@ def decays(log_keep, log_mom=None, before=True, now=True):
         H, RH = momentum.exp()[..., None], Ratios.apply(momentum, None, 0)
 
     def at(log, diagonal):
-        R = Ratios.apply(log, total, diagonal)
+        R = Ratios.apply(log, None if log is total else total, diagonal)    # no tensor twice: the compiler
         return Decay(log.exp(), *((None, None) if log_mom is None else ((R @ H)[..., 0], R @ RH)), R)
 
     R = (total[..., -1:] - total).exp()
