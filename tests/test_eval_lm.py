@@ -131,7 +131,7 @@ def test_rolling_in_batches_equals_window_by_window():
 
 
 def test_events_count_every_write_of_the_items_context_once():
-    net, bpe = small(), BPE()                       # chunks of 8 tokens; memories: the store, k, v, eta, alpha
+    net, bpe = small(), BPE()                      # chunks of 8 tokens; memories: the store, k, v, eta, alpha
     scorer = Scorer(net, bpe, 64, memorize=True, steps=2)
     scorer.take_in(list(range(20)))
     assert scorer.events["seen"] == 2 * 3 * 5       # two passes, ceil(20 / 8) writes of five memories

@@ -390,7 +390,8 @@ def test_the_life_of_a_chunk_is_one_graph_for_the_compiler(monkeypatch):
     """--compile: no graph break in learn(); outputs and gradients are those of the plain call."""
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)     # pytest would keep it all
     family = net_of(**ONE).blocks[0].mixer.family
-    q, k, v, eta, keep, mom = (x.expand(1, 2, 1, *x.shape).clone().requires_grad_() for x in random_rows(8, 8))
+    q, k, v, eta, keep, mom = (x.expand(1, 2, 1, *x.shape).clone().requires_grad_()
+                               for x in random_rows(8, 8))
     Ws, Ss, *_ = family.start(1)
     args = family.plan, family.rule, None, Ws, Ss, k, v, eta, keep.log(), mom.log(), q
     results = []

@@ -78,7 +78,7 @@ def finished(root, arms, want, free):
 
 
 def shares(sums, bytes_per_token, answers):
-    """Sums by position [3, T] of loss, hits and targets -> loss, bits per byte, loss by position, accuracy."""
+    """Sums by position [3, T] of loss, hits and targets -> loss, bits per byte, by position, accuracy."""
     T = sums.shape[1]
     edges = [0] + [e for e in (64 * 2**i for i in range(20)) if e < T] + [T]
     share = lambda i, a, b: float(sums[i, a:b].sum() / sums[2, a:b].sum())   # noqa: E731
