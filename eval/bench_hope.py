@@ -6,8 +6,8 @@ length, and the reference.
 Config: V 256, D 256, L 4, H 4, T 512, batch 4, CMS 4 x 4, random bytes; a step is forward, backward through
 the writes and AdamW.  Time is process time: the cores are shared and a wall clock would count other people's
 work.  The cost against length (D 128, L 2) is taken twice: at equal rows, as the sequences of one batch grow,
-and at equal tokens of a step, fewer rows as they are longer.  Cases of a round run one after the other and
-ratios are taken within the round (median over rounds).
+and at equal tokens of a step, fewer rows as they are longer.  Every case has a process of its own; those of a
+round step one after the other and ratios are taken within the round (median over rounds).
 
 DIR (or ONEFILE_NESTED_LEARNING): a checkout of github.com/kmccleary3301/nested_learning; needs omegaconf.
 Its step is that of its training loop, offline: forward, backward, clip, AdamW, teach signal, second forward
@@ -15,7 +15,9 @@ with the writes.
 """
 
 import argparse
+import functools
 import json
+import multiprocessing
 import os
 import pathlib
 import statistics
@@ -83,16 +85,32 @@ def reference(root, variant, batch=4, T=512):
     return step, sum(p.numel() for p in net.parameters())
 
 
-def measure(steps, as_shipped=False):
-    """Tokens per CPU-second of one call of each step function, a round."""
-    rates = {}
-    for name, step in steps.items():
-        torch.set_flush_denormal(not (as_shipped and name.startswith("reference")))
-        began = time.process_time()
-        tokens = step()
-        rates[name] = tokens / (time.process_time() - began)
-        print(f"{name}: {rates[name]:.1f} tokens a CPU-second", file=sys.stderr, flush=True)
-    return rates
+class Case:
+    """One case in a process of its own, as a training has it: a heap that other cases have not cut up."""
+
+    def __init__(self, name, make, flush=True):
+        self.name, (self.pipe, theirs) = name, multiprocessing.Pipe()
+        if os.fork() == 0:
+            try:
+                torch.set_num_threads(1)                # OpenMP's threads did not come along
+                torch.set_flush_denormal(flush)
+                step, params = make()
+                theirs.send(params)
+                while theirs.recv():
+                    wall, began = time.time(), time.process_time()
+                    tokens = step()
+                    theirs.send((tokens / (time.process_time() - began), time.time() - wall))
+            finally:
+                os._exit(0)
+        theirs.close()
+        self.params = self.pipe.recv()
+
+    def rate(self):
+        """One step -> tokens a CPU-second, seconds of wall time."""
+        self.pipe.send(True)
+        rate, wall = self.pipe.recv()
+        print(f"{self.name}: {rate:.1f} tokens a CPU-second", file=sys.stderr, flush=True)
+        return rate, wall
 
 
 def by_length(lengths, equal_tokens):
@@ -156,23 +174,21 @@ def main():
     if args.compile:
         ours |= {f"{name}, compiled": dict(kw, compiled=True) for name, kw in ours.items()
                  if kw["variant"] == "hope"}
-    made = {name: stepper(**kw) for name, kw in ours.items()}
-    shapes = dict.fromkeys(by_length(lengths, False) + by_length(lengths, True))
-    grown = {named(*shape): stepper(*shape, width=128, depth=2, heads=2, cms_levels=2)[0] for shape in shapes}
+    made = {name: Case(name, functools.partial(stepper, **kw)) for name, kw in ours.items()}
+    shapes = dict.fromkeys(by_length(lengths, False) + by_length(lengths, True)) if len(lengths) > 1 else ()
+    small = dict(width=128, depth=2, heads=2, cms_levels=2)
+    grown = {named(*shape): Case(named(*shape), functools.partial(stepper, *shape, **small)) for shape in shapes}
     paired = args.theirs.split(";") if args.reference else []
-    theirs = {f"reference {name}": reference(args.reference, name, T=REFERENCE[name]) for name in paired}
-    steps = {name: step for name, (step, _) in made.items()} | grown
-    first = {}                                      # warm-up; the reference's steps are long enough without
-    for name, step in steps.items():
-        began = time.time()
-        measure({name: step})
-        first[name] = time.time() - began
-    steps |= {name: step for name, (step, _) in theirs.items()}
-    rounds = [measure(steps, args.as_shipped) for _ in range(args.rounds)]
+    theirs = {f"reference {name}": Case(f"reference {name}", functools.partial(
+        reference, args.reference, name, T=REFERENCE[name]), not args.as_shipped) for name in paired}
+    first = {name: case.rate()[1] for name, case in (made | grown).items()}     # warm-up; compiles
+    first |= {name: case.rate()[1] for name, case in theirs.items() if "selfmod" not in name}   # long enough
+    cases_run = made | grown | theirs
+    rounds = [{name: case.rate()[0] for name, case in cases_run.items()} for _ in range(args.rounds)]
     median = lambda f: statistics.median(f(r) for r in rounds)   # noqa: E731
     out = dict(tokens_per_cpu_s={k: median(lambda r: r[k])
                                  for k in made | theirs},    # noqa: B023, called at once
-               params={k: n for k, (_, n) in (made | theirs).items()},
+               params={k: case.params for k, case in (made | theirs).items()},
                hope_by_length={k: median(lambda r: r[k]) for k in grown},          # noqa: B023
                rounds=rounds, torch=torch.__version__, as_shipped=args.as_shipped,
                first_step_s={k: s for k, s in first.items() if k.endswith("compiled")},
