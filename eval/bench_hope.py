@@ -177,7 +177,8 @@ def main():
     made = {name: Case(name, functools.partial(stepper, **kw)) for name, kw in ours.items()}
     shapes = dict.fromkeys(by_length(lengths, False) + by_length(lengths, True)) if len(lengths) > 1 else ()
     small = dict(width=128, depth=2, heads=2, cms_levels=2)
-    grown = {named(*shape): Case(named(*shape), functools.partial(stepper, *shape, **small)) for shape in shapes}
+    grown = {named(*shape): Case(named(*shape), functools.partial(stepper, *shape, **small))
+             for shape in shapes}
     paired = args.theirs.split(";") if args.reference else []
     theirs = {f"reference {name}": Case(f"reference {name}", functools.partial(
         reference, args.reference, name, T=REFERENCE[name]), not args.as_shipped) for name in paired}
