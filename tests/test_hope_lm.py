@@ -386,6 +386,7 @@ def test_one_family_is_maps_and_store_apart(forget):
         assert (p - q).abs().max() < 1e-12 * q.abs().max().clamp(min=1)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="its compiler fails on Functions with None")
 def test_the_life_of_a_chunk_is_one_graph_for_the_compiler(monkeypatch):
     """--compile: no graph break in learn(); outputs and gradients are those of the plain call."""
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)     # pytest would keep it all

@@ -4,6 +4,8 @@ import json
 import math
 import statistics
 
+import torch
+
 from common import draw
 from common.flags import UserError
 
@@ -18,6 +20,8 @@ def check(cfg, ddp):
         raise UserError("--cms-wiring nested restarts levels inside a context; add --cms context")
     if len(cfg.periods) < cfg.levels or cfg.cms == "outer" and len(cfg.outer_periods) < cfg.levels:
         raise UserError(f"--cms-levels {cfg.levels} needs that many --periods and --outer-periods")
+    if cfg.compile and torch.__version__.startswith("2.6."):
+        raise UserError("--compile: the compiler of torch 2.6 fails on the chunk body; 2.13 is known to work")
     periods = cfg.periods[:cfg.levels]
     if any(p % periods[0] or p < periods[0] for p in periods) and cfg.cms == "context":
         raise UserError(f"--periods {cfg.periods}: each must be a multiple of the first")

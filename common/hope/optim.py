@@ -145,7 +145,7 @@ class Outer:
         self.counts = {k: sum(self.named[n].numel() for n in self.named
                               if (n in set(matrices)) == (k == "matrix"))
                        for k in ("matrix", "rest")}
-        fused = next(iter(self.named.values())).device.type in ("cpu", "cuda")
+        fused = next(iter(self.named.values())).is_cuda
         plain = [self.named[n] for n in mine if n not in matrices]
         groups = [dict(params=[p for p in plain if p.ndim > 1], weight_decay=weight_decay),
                   dict(params=[p for p in plain if p.ndim <= 1], weight_decay=0.0)]
