@@ -89,21 +89,22 @@ class Case:
     """One case in a process of its own, as a training has it: a heap that other cases have not cut up."""
 
     def __init__(self, name, make, flush=True):
-        self.name, (self.pipe, theirs) = name, multiprocessing.Pipe()
-        if os.fork() == 0:
-            try:
-                torch.set_num_threads(1)                # OpenMP's threads did not come along
-                torch.set_flush_denormal(flush)
-                step, params = make()
-                theirs.send(params)
-                while theirs.recv():
-                    wall, began = time.time(), time.process_time()
-                    tokens = step()
-                    theirs.send((tokens / (time.process_time() - began), time.time() - wall))
-            finally:
-                os._exit(0)
+        fork = multiprocessing.get_context("fork")      # daemons: they end with the bench
+        self.name, (self.pipe, theirs) = name, fork.Pipe()
+        fork.Process(target=self.serve, args=(theirs, make, flush), daemon=True).start()
         theirs.close()
         self.params = self.pipe.recv()
+
+    def serve(self, pipe, make, flush):
+        self.pipe.close()
+        torch.set_num_threads(1)                        # OpenMP's threads did not come along
+        torch.set_flush_denormal(flush)
+        step, params = make()
+        pipe.send(params)
+        while pipe.recv():
+            wall, began = time.time(), time.process_time()
+            tokens = step()
+            pipe.send((tokens / (time.process_time() - began), time.time() - wall))
 
     def rate(self):
         """One step -> tokens a CPU-second, seconds of wall time."""
