@@ -15,6 +15,7 @@ with the writes.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -101,10 +102,11 @@ class Case:
         torch.set_flush_denormal(flush)
         step, params = make()
         pipe.send(params)
-        while pipe.recv():
-            wall, began = time.time(), time.process_time()
-            tokens = step()
-            pipe.send((tokens / (time.process_time() - began), time.time() - wall))
+        with contextlib.suppress(EOFError):             # the bench is over
+            while pipe.recv():
+                wall, began = time.time(), time.process_time()
+                tokens = step()
+                pipe.send((tokens / (time.process_time() - began), time.time() - wall))
 
     def rate(self):
         """One step -> tokens a CPU-second, seconds of wall time."""
