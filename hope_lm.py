@@ -25,7 +25,6 @@ import math
 import pathlib
 import time
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +37,7 @@ from common.hope.blocks import (Attention, Conv, DeltaNet, RMSNorm, SwiGLU, cut,
                                 inverse_softplus, linear, log_sigmoid, nll, pairs, pieces, rates, rope,
                                 stacked, sum_gates, teach_signal)
 from common.run import opt
-from common.hope.lesson import Lesson, Plan, SiLU, alone, apart, asks, shared, sides, summed
+from common.hope.lesson import Lesson, Plan, Rule, SiLU, alone, apart, asks, shared, sides, summed
 from common.hope.passes import rms_norm, unit
 from common.hope.scan import advance, chunk_rule, decays, pick
 from common.hope.synthetic import Task
@@ -208,27 +207,14 @@ def surprise(Ws, slopes, error):
     return rows
 
 
-class Rule(NamedTuple):
-    """How a memory learns.  delta: DGD (NL 57-88), else gradient descent; clip: cap of a
-    token's gradient norm."""
-    delta: bool = True
-    momentum: bool = True
-    kind: str = "scan"              # scan: exact per token; delta_momentum, dmgd: once a chunk (NL 49, 50)
-    normal: str = "proximal"        # step eta/(1+eta|x|^2), exact minimiser; "unit" eta/|x|^2; "none" eta
-    clip: float = 1.0
-    threshold: float = 0.0          # surprise gate: no write when the chunk's mean |M(k) - v| is below
-    before: bool = False  # tokens read the state before their own write (NL 86), else after it (T 15)
-    boundary: bool = False          # tokens read the state at the chunk's start (NL 90)
-
-
-def learn(plan, rule, base, Ws, Ss, k, v, eta, log_keep, log_mom, q):
+def learn(plan, base, Ws, Ss, k, v, eta, log_keep, log_mom, q):
     """One chunk of the life of a family -> (Ws, Ss, M(q) rows or None, gates: which memories wrote).
 
     Ws, Ss: as in a Family's state; k, v, q: [B,H,1,C,K]; eta, log_keep, log_mom: [B,H,1,C] (log_mom None: no
     momentum).  q asks the last memory of the first group.  All gradients stand at the chunk's first weights
     (NL 90).  base [1,H,..]: initial weights of which Ws is the difference (--forget written), else None.
     """
-    now = Ws if base is None else [W + W0 for W, W0 in zip(Ws, base)]
+    rule, now = plan.rule, Ws if base is None else [W + W0 for W, W0 in zip(Ws, base)]
     # recall() and surprise() with their backward; in layer 1 all memories have the same input k
     Wk, w, step, gram, *made, gates = Lesson.apply(plan, k, v, eta, *now)
     layers = [(k, Wk, w, step, gram), *(made[i:i + 5] for i in range(0, len(made), 5))]
@@ -238,7 +224,7 @@ def learn(plan, rule, base, Ws, Ss, k, v, eta, log_keep, log_mom, q):
     W_new, S_new, h = [], [], q if early or late else None
     for i, (W, S, (x, Wx, w, step, gram)) in enumerate(zip(Ws, Ss, layers)):
         if rule.kind != "scan":
-            W, S = summed(plan, rule.kind, W, S, x, w, log_keep, log_mom, wide=i == 0)
+            W, S = summed(plan, W, S, x, w, log_keep, log_mom, wide=i == 0)
         else:
             part, z = asks(plan, i), (F.silu(h) if i else h) if i < depth and h is not None else None
             W, S, out = advance(W, S, x, w, step if rule.delta else None, rates,
@@ -279,10 +265,10 @@ class Family:
 
     def __init__(self, cfg, chunk, rule, *members, own_target=True):
         kinds = itertools.groupby(members, lambda m: (m.sizes, m.residual))
-        self.chunk, self.rule, self.groups = chunk, rule, [list(group) for _, group in kinds]
-        exact = (rule.normal, rule.clip) if rule.kind == "scan" else ("none", 0.0)
+        self.chunk, self.groups = chunk, [list(group) for _, group in kinds]
+        rule = rule if rule.kind == "scan" else rule._replace(normal="none", clip=0.0)
         groups = ((sum(m.count for m in g), g[0].sizes[1], g[0].residual) for g in self.groups)
-        self.plan = Plan(tuple(groups), own_target, *exact, rule.threshold)
+        self.plan = Plan(tuple(groups), rule, own_target)
         self.remat, self.written, self.body = cfg.remat == "chunk", cfg.forget == "written", learn
 
     def initial(self):
@@ -352,7 +338,7 @@ class Family:
         return [gates[0] + gate.mean() * n, gates[1] + n]
 
     def _ask(self, Ws, Ss, part):
-        if self.rule.boundary:
+        if self.plan.rule.boundary:
             return answer(alone(self.plan, self.weights(Ws))[1], part[0], self.plan.groups[0][2])
         return self._chunk(Ws, Ss, part, one=True)[2]
 
@@ -360,7 +346,7 @@ class Family:
         (q, *rows), plan, base = part, self.plan, self.initial() if self.written else None
         if one:
             plan, Ws, Ss, base = alone(plan, Ws, Ss, base)
-        args = (plan, self.rule, base, Ws, Ss, *rows, q)
+        args = (plan, base, Ws, Ss, *rows, q)
         if self.remat and self.groups[0][0].training:
             return checkpoint(self.body, *args, use_reentrant=False)
         return (self.body if torch.is_grad_enabled() else learn)(*args)     # --compile is for training
@@ -405,7 +391,7 @@ class Titans(nn.Module):
             fast = state["family"] if "family" in state else self.family.start(len(x))
             o, fast = self.family.scan(fast, unit(q), unit(k), v, F.softplus(theta),
                                        log_sigmoid(keep) * self.decay,
-                                       log_sigmoid(mom) if self.family.rule.momentum else None,
+                                       log_sigmoid(mom) if self.family.plan.rule.momentum else None,
                                        over=state.get("over", False))
         return glue(self.norm(o)).to(x.dtype), dict(tail=tail, family=fast)
 

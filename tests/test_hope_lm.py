@@ -207,16 +207,16 @@ def test_dgd_is_the_proximal_minimiser():
 
 
 def test_gradcheck_of_one_chunk():
-    cfg, rule = tiny(width=4, heads=1), h.Rule(before=True)
+    cfg = tiny(width=4, heads=1)
     memory = h.Memory(cfg).double()
-    plan = h.Family(cfg, 5, rule, memory).plan
+    plan = h.Family(cfg, 5, h.Rule(before=True), memory).plan
     q, k, v, eta, keep, mom = (x.expand(1, 1, 1, *x.shape).clone().requires_grad_()
                                for x in random_rows(5, 4))
     Ws = [W[None].detach().clone().requires_grad_() for W in memory.layers]
 
     def chunk(W1, W2, *rows):
         q, k, v, eta, keep, mom = rows
-        Ws, Ss, out, _ = h.learn(plan, rule, None, [W1, W2], [None, None], k, v, eta, keep.log(),
+        Ws, Ss, out, _ = h.learn(plan, None, [W1, W2], [None, None], k, v, eta, keep.log(),
                                  mom.clamp(min=1e-3).log(), q)
         return *Ws, *Ss, out
     assert torch.autograd.gradcheck(chunk, (*Ws, q, k, v, eta, keep, mom), atol=1e-6)
@@ -274,7 +274,8 @@ def test_a_lesson_is_recall_and_surprise_and_its_backward_their_gradient(depth, 
     hidden = 3 if depth == 1 else 2                 # v meets M(k) in every group, so all have three outputs
     shapes = [(2, [3] * (depth + 1), residual), (1, [3] + [hidden] * (depth - 1) + [3], False)]
     Ws = [[r(1, 1, M, o, i) for i, o in zip(sizes, sizes[1:])] for M, sizes, _ in shapes]
-    plan = lesson.Plan(tuple((M, sizes[1], res) for M, sizes, res in shapes), own, normal, clip)
+    plan = lesson.Plan(tuple((M, sizes[1], res) for M, sizes, res in shapes),
+                       lesson.Rule(normal=normal, clip=clip), own)
 
     def lines(k, v, eta, Ws):
         """-> W k, w, step, k k^T; x, W x, w, step, x x^T."""
@@ -378,8 +379,8 @@ def test_one_family_is_maps_and_store_apart(forget):
         results.append((logits, torch.autograd.grad(logits.square().sum(), list(net.parameters()))))
         for mixer in (block.mixer for block in net.blocks):
             family = mixer.family
-            mixer.family = h.Family(net.cfg, family.chunk, family.rule, mixer.maps, mixer.gates)
-            mixer.answers = h.Family(net.cfg, family.chunk, family.rule, mixer.store)
+            mixer.family = h.Family(net.cfg, family.chunk, family.plan.rule, mixer.maps, mixer.gates)
+            mixer.answers = h.Family(net.cfg, family.chunk, family.plan.rule, mixer.store)
     (a, da), (b, db) = results
     assert (a - b).abs().max() < 1e-12
     for p, q in zip(da, db):
@@ -394,7 +395,7 @@ def test_the_life_of_a_chunk_is_one_graph_for_the_compiler(monkeypatch):
     q, k, v, eta, keep, mom = (x.expand(1, 2, 1, *x.shape).clone().requires_grad_()
                                for x in random_rows(8, 8))
     Ws, Ss, *_ = family.start(1)
-    args = family.plan, family.rule, None, Ws, Ss, k, v, eta, keep.log(), mom.log(), q
+    args = family.plan, None, Ws, Ss, k, v, eta, keep.log(), mom.log(), q
     results = []
     for body in (h.learn, torch.compile(h.learn, backend="eager", fullgraph=True)):
         W, S, out, _ = body(*args)

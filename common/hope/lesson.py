@@ -61,13 +61,23 @@ def shared(W, z):
     return apart(z @ together(W, 3).mT, W.shape[2], 4).contiguous()
 
 
-class Plan(NamedTuple):
-    """How memories that learn the same rows stand side by side, and how far one token moves them."""
-    groups: tuple                   # of like ones: (how many, outputs of layer 1 of each, adds its input)
-    own: bool = True                # regress on M(v) (NL 84), else on v
-    normal: str = "proximal"        # step eta/(1+eta|x|^2); unit: eta/|x|^2; none: eta
+class Rule(NamedTuple):
+    """How a memory learns, and when it is read."""
+    delta: bool = True              # DGD (NL 57-88), else gradient descent
+    momentum: bool = True
+    kind: str = "scan"              # scan: exact per token; delta_momentum, dmgd: once a chunk (NL 49, 50)
+    normal: str = "proximal"        # step eta/(1+eta|x|^2), exact minimiser; "unit" eta/|x|^2; "none" eta
     clip: float = 1.0               # cap of a token's gradient norm |g| |x|; 0: none
-    threshold: float = 0.0          # a memory whose mean |e| of the chunk is below writes nothing; 0: off
+    threshold: float = 0.0          # surprise gate: no write of a memory whose mean |e| is below
+    before: bool = False            # tokens read the state before their write (NL 86), else after it (T 15)
+    boundary: bool = False          # tokens read the state at the chunk's start (NL 90)
+
+
+class Plan(NamedTuple):
+    """How memories that learn the same rows stand side by side, and the rule they learn by."""
+    groups: tuple                   # of like ones: (how many, outputs of layer 1 of each, adds its input)
+    rule: Rule
+    own: bool = True                # regress on M(v) (NL 84), else on v
 
     def depth(self, Ws):
         """Layers of a memory in [layer 1 of all, deeper layers of group 0, 1, ...]."""
@@ -94,16 +104,16 @@ def asks(plan, i):
 
 def sides(plan, gates, depth):
     """The gates [B,H,M,1] as factors of every layer's rows; None: no gate is ever shut."""
-    if not plan.threshold:
+    if not plan.rule.threshold:
         return [None] * (1 + (depth - 1) * len(plan.groups))
     split = gates.split([M for M, _, _ in plan.groups], 2)
     wide = torch.cat([g.expand(-1, -1, -1, O).flatten(2) for g, (_, O, _) in zip(split, plan.groups)], 2)
     return [wide[:, :, None, None], *(g[..., None] for g in split for _ in range(depth - 1))]
 
 
-def summed(plan, kind, W, S, x, w, log_keep, log_mom, wide):
+def summed(plan, W, S, x, w, log_keep, log_mom, wide):
     """One layer under a rule that acts once a chunk, on the sum of its writes; layer 1: memory by memory."""
-    keep = log_keep.sum(-1).exp()
+    kind, keep = plan.rule.kind, log_keep.sum(-1).exp()
     if not wide:
         return chunk_rule(kind, W, S, -(w.mT @ x), keep, log_mom)
     moved, at = [], slice(0, 0)
@@ -114,35 +124,35 @@ def summed(plan, kind, W, S, x, w, log_keep, log_mom, wide):
     return torch.cat([together(W, 3) for W, _ in moved], 3), [S for _, S in moved]
 
 
-def stepped(plan, eta, square):
+def stepped(rule, eta, square):
     """-> step, its derivatives by eta and by square = |x|^2."""
-    if plan.normal == "proximal":
+    if rule.normal == "proximal":
         share = 1 / (1 + eta * square)
         step = eta * share
         return step, share * share, -step * step
-    if plan.normal == "unit":
+    if rule.normal == "unit":
         floor = square.clamp(min=1e-4)
         step = eta / floor
         return step, 1 / floor, -step / floor * (square >= 1e-4)
     return eta.expand_as(square), torch.ones_like(square), torch.zeros_like(square)
 
 
-def scaled(plan, step, square, size, gate):
+def scaled(rule, step, square, size, gate):
     """w = s g -> s = -step, clipped, 0 where the gate is shut; s / step; where the clip cuts (None: none)."""
     cap, over = step.new_ones(()), None
-    if plan.clip:
+    if rule.clip:
         load = size * square.clamp(min=1e-12).sqrt()
-        cap, over = plan.clip / load.clamp(min=plan.clip), load >= plan.clip
+        cap, over = rule.clip / load.clamp(min=rule.clip), load >= rule.clip
     cap = cap if gate is None else cap * gate
     return -step * cap, -cap, over
 
 
-def of_step(plan, eta, square, g, size, gate, gw, gstep):
+def of_step(rule, eta, square, g, size, gate, gw, gstep):
     """Gradients at g, |x|^2 and eta of w = s g [B,H,M,C,O] and of the step."""
-    step, by_eta, by_square = stepped(plan, eta, square)
+    step, by_eta, by_square = stepped(rule, eta, square)
     gg = gsquare = None
     if gw is not None:
-        scale, bare, over = scaled(plan, step, square, size, gate)
+        scale, bare, over = scaled(rule, step, square, size, gate)
         along = (gw * g).sum(-1)
         gg, gstep = scale[..., None] * gw, add(gstep, along * bare)
         if over is not None:
@@ -169,7 +179,7 @@ class Lesson(torch.autograd.Function):
         row = torch.cat([k, v], -2) if plan.own else k          # M answers k and v in one product
         wide, gram = row @ W.mT, k @ k.mT
         square = gram.diagonal(dim1=-2, dim2=-1).clone()
-        step = stepped(plan, eta, square)[0]
+        step = stepped(plan.rule, eta, square)[0]
         w = wide.new_empty(*wide.shape[:-2], C, wide.shape[-1])
         kept, made, gates, at = [], [], [], slice(0, 0)
         for j, (M, O, residual) in enumerate(plan.groups):
@@ -188,17 +198,17 @@ class Lesson(torch.autograd.Function):
                 g.insert(0, before[0] * slope(part[..., :C, :], y[..., :C, :]))
             sizes, squares = [torch.linalg.vector_norm(t, dim=-1) for t in g], []
             gate = None
-            if plan.threshold:
-                gate = (sizes[-1].mean(-1, keepdim=True) >= plan.threshold).to(eta.dtype)
+            if plan.rule.threshold:
+                gate = (sizes[-1].mean(-1, keepdim=True) >= plan.rule.threshold).to(eta.dtype)
                 gates.append(gate)
-            scale = scaled(plan, step, square, sizes[0], gate)[0]
+            scale = scaled(plan.rule, step, square, sizes[0], gate)[0]
             apart(w[..., at], M, 4).copy_(g[0] * scale[..., None])
             for y, answer, t, size in zip(x, z[1:], g[1:], sizes[1:]):
                 x_k = y[..., :C, :]
                 grams = x_k @ x_k.mT
                 squares.append(grams.diagonal(dim1=-2, dim2=-1).clone())
-                pace = stepped(plan, eta, squares[-1])[0]
-                scale = scaled(plan, pace, squares[-1], size, gate)[0]
+                pace = stepped(plan.rule, eta, squares[-1])[0]
+                scale = scaled(plan.rule, pace, squares[-1], size, gate)[0]
                 made += [x_k, answer[..., :C, :], t * scale[..., None], pace, grams]
             kept += [*p, *x, *before, *g, *sizes, *squares, gate]
         gates = torch.cat(gates, 2) if gates else eta.new_ones(1)
@@ -214,7 +224,7 @@ class Lesson(torch.autograd.Function):
         take = lambda count: [next(saved) for _ in range(count)]            # noqa: E731
         row, eta, square, W = take(4)
         deep, down, at = take(n * len(plan.groups)), None, slice(0, 0)
-        _, gsquare, geta = of_step(plan, eta, square, None, None, None, None, gstep)
+        _, gsquare, geta = of_step(plan.rule, eta, square, None, None, None, None, gstep)
         gdeep, ge_residual, ge_all = [], None, None
         for M, O, residual in plan.groups:
             Vs, at = deep[len(gdeep):len(gdeep) + n], slice(at.stop, at.stop + M * O)
@@ -225,7 +235,7 @@ class Lesson(torch.autograd.Function):
             gg = []
             for i, (gw_i, gstep_i) in enumerate(zip((side[1], *gws), (None, *gsteps))):
                 sq = squares[i - 1] if i else square
-                rows, gsq, by = of_step(plan, eta, sq, g[i], sizes[i], gate, gw_i, gstep_i)
+                rows, gsq, by = of_step(plan.rule, eta, sq, g[i], sizes[i], gate, gw_i, gstep_i)
                 gg.append(rows)
                 geta = add(geta, None if by is None else by.sum(2, keepdim=True))
                 if i:
