@@ -76,7 +76,8 @@ class Config:
     cms_wiring: str = opt("sequential", "", ("sequential", "nested", "headwise"))
     cms: str = opt("outer", "what moves the levels: the optimizer's clock, the context, or every step",
                    ("outer", "context", "frozen"))
-    cms_mult: float = opt(4.0, "hidden width of a CMS level over D")
+    cms_mlp: str = opt("silu", "a CMS level: W s(W x), or SwiGLU as in Transformer++", ("silu", "swiglu"))
+    cms_mult: float = opt(4.0, "hidden width of a CMS level over D; SwiGLU: 2/3 of that")
     periods: tuple = opt((8, 32, 128, 512), "context clock: tokens a move, fastest first")
     outer_periods: tuple = opt((1, 1, 2, 4), "outer clock: optimizer steps a move")
     stack: str = opt("", "headwise CMS: a run of one level whose weights start every level here")
@@ -146,8 +147,14 @@ class Config:
 
     @property
     def hidden(self):
-        return self.hidden_width or (int(self.cms_mult * self.width) if self.levels
-                                     else 8 * round(self.width / 3))
+        if self.hidden_width or not self.levels:
+            return self.hidden_width or 8 * round(self.width / 3)
+        return int(self.cms_mult * self.width * 2 / self.matrices)
+
+    @property
+    def matrices(self):
+        """Weight matrices of a CMS level, or of the SwiGLU in its place."""
+        return 2 if self.levels and self.cms_mlp == "silu" else 3
 
 
 PAPER760, PAPER13 = "NL table 2, 760 M / 30 B tokens", "NL table 2, 1.3 B / 100 B tokens"
@@ -575,22 +582,24 @@ class CMS(nn.Module):
         super().__init__()
         D, h = cfg.width, cfg.hidden
         self.cfg, self.wiring, self.periods = cfg, cfg.cms_wiring, cfg.periods[:cfg.levels]
-        pair = lambda: [torch.randn(h, D) * 0.02, torch.randn(D, h) * cfg.out_std]     # noqa: E731
-        self.levels = nn.ModuleList(nn.ParameterList(pair()) for _ in range(cfg.levels))
+        shapes = [(h, D, 0.02), (D, h, cfg.out_std), (h, D, 0.02)][:cfg.matrices]
+        level = lambda: [torch.randn(o, i) * std for o, i, std in shapes]       # noqa: E731
+        self.levels = nn.ModuleList(nn.ParameterList(level()) for _ in range(cfg.levels))
         self.mix = nn.Parameter(torch.ones(cfg.levels)) if self.wiring == "headwise" else None
 
     def start(self, B):
         """Fast weights of a fresh context: per level weights, momenta, rows of the period, (nested) start."""
         fresh = [[W.expand(B, *W.shape) for W in level] for level in self.levels]
-        return [dict(W=Ws, S=[None, None], start=Ws, rows=[], slow=[], updates=0) for Ws in fresh]
+        return [dict(W=Ws, S=[None] * len(Ws), start=Ws, rows=[], slow=[], updates=0) for Ws in fresh]
 
     def forward(self, x, fast=None):
         """-> y, taps: per level (input rows, output) of this call when there are fast weights to teach."""
         taps, total = [], x
         for i, level in enumerate(self.levels):
-            W_in, W_out = level if fast is None else (W.mT for W in fast[i]["W"])
+            W_in, W_out, *W_gate = level if fast is None else fast[i]["W"]
             n = rms_norm(x if self.mix is None else total)
-            y = F.linear(F.silu(F.linear(n, W_in)), W_out) if fast is None else F.silu(n @ W_in) @ W_out
+            y = F.silu(n @ W_in.mT)
+            y = (y * (n @ W_gate[0].mT) if W_gate else y) @ W_out.mT
             taps.append((n, y))
             x = x + (y if self.mix is None else self.mix[i] * y)
         return x, taps
@@ -620,18 +629,23 @@ class CMS(nn.Module):
                 level["slow"] = level["slow"] + [(x, delta)]
                 if end % self.periods[i + 1] == 0:  # the next slower level moves now too: restart below it
                     x, delta = (torch.cat([row[j] for row in level["slow"]], 1) for j in (0, 1))
-                    start = self._write(level["start"], [None, None], x, delta)[0]
-                    level.update(W=start, S=[None, None], start=start, slow=[])
+                    start = self._write(level["start"], [None] * len(W), x, delta)[0]
+                    level.update(W=start, S=[None] * len(W), start=start, slow=[])
         return fast, (opened, seen)
 
     def _write(self, Ws, Ss, x, delta):
         """A write of rows (x, delta), inner rule at keep = 1: W <- W - lr sum_t delta_t x_t^T (NL 71)."""
         rule = inner_rule(self.cfg, "gd")
         through = (lambda t: t) if self.cfg.through_writes else torch.Tensor.detach
-        _, inputs, slopes = recall([through(W) for W in Ws], through(x))
+        x, (W_in, W_out, *W_gate) = through(x), map(through, Ws)
+        _, inputs, slopes = recall([W_in, W_out], x)
+        grads = surprise([W_in, W_out], slopes, delta)
+        if W_gate:                                          # y = W_out (s(W_in x) * W_gate x)
+            s, gate = inputs[1], x @ W_gate[0].mT
+            inputs, grads = [x, s * gate, x], [grads[0] * gate, delta, (delta @ W_out) * s]
         one, moved = x.new_zeros(x.shape[:2]), []
         mom = one + math.log(0.9) if rule.momentum else None
-        for W, S, row, g in zip(Ws, Ss, inputs, surprise([through(W) for W in Ws], slopes, delta)):
+        for W, S, row, g in zip(Ws, Ss, inputs, grads):
             eta = one + self.cfg.cms_lr
             if rule.kind != "scan":
                 moved.append(chunk_rule(rule.kind, W, S, (eta[..., None] * g).mT @ row, one[:, 0] + 1, mom))
@@ -810,7 +824,7 @@ def sized(cfg):
     """cfg with hidden_width chosen so that the parameter count is nearest to cfg.params."""
     if not cfg.params:
         return cfg
-    rows = cfg.depth * cfg.width * (2 * cfg.levels or 3)        # parameters one more hidden unit costs
+    rows = cfg.depth * cfg.width * cfg.matrices * max(1, cfg.levels)    # parameters of a hidden unit
     hidden = cfg.hidden + (cfg.params - count(cfg)) / rows
     cfg = dataclasses.replace(cfg, hidden_width=max(8, 8 * round(hidden / 8)))
     if abs(count(cfg) / cfg.params - 1) > 0.01:
@@ -1039,13 +1053,14 @@ def verify(cfg):
 ABLATIONS = {
     "teach_scale": {str(s): dict(cms="context", teach_scale=s) for s in (0.05, 0.10, 0.15)},
     "self_modifier": {"on": {}, "off": dict(adapt="")},
+    "cms_mlp": {name: dict(cms_mlp=name) for name in ("silu", "swiglu")},
     "cms_levels": {str(k): dict(cms_levels=k) for k in (0, 1, 2, 4)},
     "cms_clock": {name: dict(cms=name) for name in ("outer", "context", "frozen")},
     "optimizer": {name: dict(optimizer=name) for name in ("muon", "adamw", "m3")},
     "inner": {name: dict(inner=name, boundary="delta_m" in name or name == "dmgd")
               for name in ("gd", "momentum", "dgd", "dgd_momentum", "delta_momentum", "dmgd")},
     "backbone": {name: dict(variant=name) for name in VARIANTS}
-    | dict(hope_written=dict(variant="hope", forget="written")),
+    | dict(hope_tuned=dict(variant="hope", forget="written", inner="dgd", cms_mlp="swiglu")),
     "paper": {"full": {}, "no DGD": dict(inner="momentum"), "no momentum": dict(inner="dgd"),
               "no decay": dict(decay=False), "no CMS": dict(cms_levels=0), "k slow": dict(adapt="vg"),
               "v slow": dict(adapt="kg"), "q adaptive": dict(adapt="kvqg")},

@@ -69,7 +69,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        return rms_norm(x, self.weight.to(x.dtype), 1e-6)
+        return rms_norm(x, self.weight.to(x.dtype))
 
 
 def rope(x, start, theta=10_000.0):

@@ -47,7 +47,7 @@ def estimate(cfg, P):
     flops = 6 * P * tokens + 6 * cfg.depth * tokens * (per_token + 2 * D * seen)
     rows, moves = cfg.micro or cfg.batch, sum(cfg.length / p for p in cfg.periods[:cfg.levels])
     boundary = rows * cfg.depth * cfg.length / cfg.chunk * memories * 4 * cfg.memory_width * K * D
-    copies = rows * cfg.depth * moves * 2 * cfg.hidden * D if cfg.cms == "context" else 0
+    copies = rows * cfg.depth * moves * cfg.matrices * cfg.hidden * D if cfg.cms == "context" else 0
     activations = rows * cfg.length * (D * cfg.depth * (2 if cfg.remat == "block" else 40) + 3 * cfg.vocab)
     gb = dict(boundary_states_gb=4e-9 * boundary, cms_copies_gb=4e-9 * copies,
               activations_gb=4e-9 * activations)

@@ -47,11 +47,11 @@ class RootMeanSquare(torch.autograd.Function):
         return torch.addcmul(g, y, along, value=-1).mul_(inverse), None
 
 
-def rms_norm(x, weight=None, eps=None):
+def rms_norm(x, weight=None, eps=1e-6):
     """[weight] x / sqrt(mean x^2 + eps), last axis: one kernel of PyTorch's on a GPU, many on a CPU."""
     if x.device.type != "cpu":
         return F.rms_norm(x, x.shape[-1:], weight, eps)
-    y = RootMeanSquare.apply(x, torch.finfo(x.dtype).eps if eps is None else eps)
+    y = RootMeanSquare.apply(x, eps)
     return y if weight is None else y * weight
 
 
