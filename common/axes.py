@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 S = 2                                                           # supersampling
 INK, GREY, FAINT, EMPTY = "#1f2328", "#57606a", "#e3e6ea", "#d0d4d9"
 # Okabe and Ito's colour-blind safe palette without its yellow, which is unreadable on white
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444", "#6a3d9a")
 RAMP = ("#00224e", "#3b496c", "#707173", "#a59c74", "#e1cc55", "#fee838")            # close to cividis
 SIGNED = ("#0b4f8a", "#4f92c8", "#b3d1e8", "#f7f7f7", "#f6c3a5", "#d97b48", "#9a3d05")
 SPELL = {"α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "eps", "η": "eta", "λ": "lambda",

@@ -87,19 +87,24 @@ def reference(root, variant, batch=4, T=512):
 
 
 class Case:
-    """One case in a process of its own, as a training has it: a heap that other cases have not cut up."""
+    """One case in a process of its own, as a training has it: a heap that other cases have not cut up.
 
-    def __init__(self, name, make, flush=True):
+    helped: freed memory is kept and denormals are flushed, as train() of the script has it.
+    """
+
+    def __init__(self, name, make, helped=True):
         fork = multiprocessing.get_context("fork")      # daemons: they end with the bench
         self.name, (self.pipe, theirs) = name, fork.Pipe()
-        fork.Process(target=self.serve, args=(theirs, make, flush), daemon=True).start()
+        fork.Process(target=self.serve, args=(theirs, make, helped), daemon=True).start()
         theirs.close()
         self.params = self.pipe.recv()
 
-    def serve(self, pipe, make, flush):
+    def serve(self, pipe, make, helped):
         self.pipe.close()
         torch.set_num_threads(1)                        # OpenMP's threads did not come along
-        torch.set_flush_denormal(flush)
+        torch.set_flush_denormal(helped)
+        if helped:
+            run.keep_freed_memory()
         step, params = make()
         pipe.send(params)
         with contextlib.suppress(EOFError):             # the bench is over
@@ -161,15 +166,14 @@ def main():
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--only", default=";".join(CASES), help="cases, separated by ;")
     p.add_argument("--theirs", default=";".join(REFERENCE), help="its models; hope_selfmod is slow")
-    p.add_argument("--as-shipped", action="store_true", help="denormals are flushed for ours alone, as each "
-                   "one's training does; else for both")
+    p.add_argument("--as-shipped", action="store_true", help="denormals are flushed and freed memory is "
+                   "kept for ours alone, as each one's training does; else for both")
     p.add_argument("--compile", action="store_true", help="HOPE's cases a second time as --compile runs "
                    "them; the first step of each takes minutes")
     p.add_argument("--lengths", default="256,512,1024,2048,4096")
     p.add_argument("--reference", default=os.environ.get("ONEFILE_NESTED_LEARNING", ""))
     args = p.parse_args()
     torch.set_num_threads(1)
-    run.keep_freed_memory()                         # as train() does, for ours and the reference alike
     lengths = [int(x) for x in args.lengths.split(",")]
     ours = {name: CASES[name] for name in args.only.split(";")}
     if args.reference and "hope_selfmod" in args.theirs.split(";"):
