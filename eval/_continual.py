@@ -77,7 +77,7 @@ class gates:
     def __enter__(self):
         self.old = [family.plan for family in self.families]
         for family in self.families:
-            family.plan = family.plan._replace(threshold=self.threshold)
+            family.plan = family.plan.gated(self.threshold)
 
     def __exit__(self, *_):
         for family, plan in zip(self.families, self.old):

@@ -22,7 +22,7 @@ class Scorer:
         self.state, self.events = None, dict(open=0.0, seen=0)
         self.teaches = net.cfg.cms == "context" and net.cfg.levels > 0
         for family in hope_lm.families(net) if threshold is not None else ():
-            family.plan = family.plan._replace(rule=family.plan.rule._replace(threshold=threshold))
+            family.plan = family.plan.gated(threshold)
 
     def split(self, context, continuation):
         """Token ids of both, encoded together; the context's trailing spaces belong to the continuation."""

@@ -83,6 +83,9 @@ class Plan(NamedTuple):
         """Layers of a memory in [layer 1 of all, deeper layers of group 0, 1, ...]."""
         return 1 + (len(Ws) - 1) // len(self.groups)
 
+    def gated(self, threshold):
+        return self._replace(rule=self.rule._replace(threshold=threshold))
+
 
 def alone(plan, *lists):
     """The memory that q asks, by itself: the last of the first group -> plan, Ws (Ss, ...; None as it is)."""
