@@ -19,7 +19,7 @@ from forked import command
 
 import hope_lm as h
 from common import run
-from common.hope import corpus, lesson, optim, passes, sidecar, text
+from common.hope import corpus, cost, lesson, optim, passes, sidecar, text
 from common.hope.blocks import delta_net
 
 torch.set_num_threads(1)
@@ -996,6 +996,25 @@ def test_sigkill_then_the_same_command_ends_in_the_same_bits(tmp_path, story):
         assert done.returncode == 0, done.stderr[-2000:]
     a, b = (run.load_weights(tmp_path / d / "weights.safetensors")[0] for d in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_curves_are_the_mean_of_the_seeds_validation(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(cost.draw, "lines", lambda series, **kw: drawn.update(series=series, **kw))
+    monkeypatch.setattr(cost.draw, "save", lambda image, path: None)
+
+    def log(arm, seed, steps):
+        (tmp_path / arm / str(seed)).mkdir(parents=True)
+        rows = [dict(kind="eval", step=s, val_bpb=s + seed) for s in steps]
+        rows += [dict(kind="train", step=s, bpb=10 * s + seed) for s in (1, 50, 100)]
+        (tmp_path / arm / str(seed) / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    log("a", 0, [1, 20, 40, 100])
+    log("a", 2, [1, 20, 40, 60, 100])               # this seed was evaluated once more
+    cost.curves(tmp_path, {"a": [dict(seed=0), dict(seed=2)]})
+    assert drawn["series"] == {"a": ([20, 40, 100], [21, 41, 101])} and "validation" in drawn["ylabel"]
+    log("b", 0, [1, 100])                           # too few to draw: all arms by their training batches
+    cost.curves(tmp_path, {"a": [dict(seed=0), dict(seed=2)], "b": [dict(seed=0)]})
+    assert drawn["series"] == {arm: ([50, 100], [500, 1000]) for arm in "ab"} and "batch" in drawn["ylabel"]
 
 
 def test_an_ablation_table_holds_the_arms_of_every_command_and_one_budget(tmp_path, story, capsys):

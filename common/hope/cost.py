@@ -120,13 +120,19 @@ def table(title, rows):
 
 
 def curves(root, arms):
-    """ROOT/curves.png: loss of the training batches of every arm's first seed; the first 5% are left out."""
+    """ROOT/curves.png: validation of every arm, mean over its seeds; where a run has fewer than four
+    evaluations, the training batches of the first seed.  The first 5% are left out."""
+    logs = {arm: [[*map(json.loads, (root / arm.replace(" ", "_") / str(r["seed"]) / "log.jsonl")
+                        .read_text().splitlines())] for r in runs] for arm, runs in arms.items()}
+    points = lambda log, kind, key: {r["step"]: r[key] for r in log if r["kind"] == kind}  # noqa: E731
+    held = {arm: [points(log, "eval", "val_bpb") for log in each] for arm, each in logs.items()}
+    kind = "validation"
+    if min(len(seed) for seeds in held.values() for seed in seeds) < 4:
+        held, kind = {arm: [points(each[0], "train", "bpb")] for arm, each in logs.items()}, "training batch"
     series = {}
-    for arm, runs in arms.items():
-        out = root / arm.replace(" ", "_") / str(runs[0]["seed"])
-        log = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-        points = {r["step"]: r["bpb"] for r in log if r["kind"] == "train"}     # a resumed step counts once
-        kept = [x for x in points if x >= 0.05 * max(points)]
-        series[arm] = kept, [points[x] for x in kept]
-    draw.save(draw.lines(series, xlabel="optimizer steps", ylabel="bits per byte, training batch"),
+    for arm, seeds in held.items():
+        steps = sorted(set.intersection(*map(set, seeds)))      # a resumed step counts once
+        kept = [x for x in steps if x >= 0.05 * steps[-1]]
+        series[arm] = kept, [statistics.mean(seed[x] for seed in seeds) for x in kept]
+    draw.save(draw.lines(series, xlabel="optimizer steps", ylabel=f"bits per byte, {kind}"),
               root / "curves.png")
