@@ -826,11 +826,11 @@ def sized(cfg):
         return cfg
     rows = cfg.depth * cfg.width * cfg.matrices * max(1, cfg.levels)    # parameters of a hidden unit
     hidden = cfg.hidden + (cfg.params - count(cfg)) / rows
-    cfg = dataclasses.replace(cfg, hidden_width=max(8, 8 * round(hidden / 8)))
-    if abs(count(cfg) / cfg.params - 1) > 0.01:
-        raise run.UserError(f"--params {cfg.params}: no feed-forward at width {cfg.width} and depth "
-                            f"{cfg.depth} comes within 1% of it")
-    return cfg
+    for unit in (8, 1):                             # eights where they come near enough
+        cfg = dataclasses.replace(cfg, hidden_width=max(unit, unit * round(hidden / unit)))
+        if abs(count(cfg) / cfg.params - 1) <= 0.01:
+            return cfg
+    raise run.UserError(f"--params {cfg.params}: no feed-forward at this width and depth is within 1% of it")
 
 
 def count(cfg):

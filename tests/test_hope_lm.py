@@ -710,10 +710,18 @@ def test_presets_have_the_parameters_they_claim(preset):
     assert abs(h.count(cfg) / SIZES[preset] - 1) < 0.01, h.count(cfg)
 
 
-@pytest.mark.parametrize("variant", h.VARIANTS)
-def test_backbones_share_a_parameter_budget(variant):
-    cfg = h.Config(**{**h.PRESETS["tiny"]["set"], "variant": variant})
-    assert abs(h.count(h.sized(cfg)) / 4_000_000 - 1) < 0.01
+@pytest.mark.parametrize("arm", h.ABLATIONS["backbone"])
+def test_backbones_share_a_parameter_budget(arm):
+    cfg = h.sized(h.Config(**{**h.PRESETS["tiny"]["set"], **h.ABLATIONS["backbone"][arm]}))
+    assert abs(h.count(cfg) / 4_000_000 - 1) < 0.01 and cfg.hidden_width % 8 == 0
+
+
+def test_a_small_model_meets_its_budget_by_single_hidden_units():
+    small = dict(width=64, depth=2, heads=2, params=200_000, cms_levels=2, cms_mlp="swiglu")
+    cfg = h.sized(h.Config(**small))
+    assert abs(h.count(cfg) / 200_000 - 1) < 0.01 and cfg.hidden_width % 8
+    with pytest.raises(run.UserError, match="no feed-forward"):
+        h.sized(h.Config(**{**small, "params": 20_000}))
 
 
 def test_plan_keeps_the_sparse_preset_below_49_gb(capsys):
