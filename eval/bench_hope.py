@@ -33,6 +33,7 @@ from common import run
 
 SIZE = dict(width=256, depth=4, heads=4, chunk=64, chunk_self=64)
 CASES = {"hope": dict(variant="hope"), "hope, no momentum": dict(variant="hope", inner="dgd"),
+         "hope, linear, no momentum": dict(variant="hope", inner="dgd", memory_depth=1),
          "hope, CMS width 2D": dict(variant="hope", cms_mult=2.0),
          "hope_attention": dict(variant="hope_attention"), "lmm": dict(variant="lmm"),
          "deltanet": dict(variant="deltanet"), "swa": dict(variant="swa"), "full": dict(variant="full")}
