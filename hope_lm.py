@@ -639,10 +639,10 @@ class CMS(nn.Module):
         through = (lambda t: t) if self.cfg.through_writes else torch.Tensor.detach
         x, (W_in, W_out, *W_gate) = through(x), map(through, Ws)
         _, inputs, slopes = recall([W_in, W_out], x)
-        grads = surprise([W_in, W_out], slopes, delta)
+        grads = [] if W_gate else surprise([W_in, W_out], slopes, delta)
         if W_gate:                                          # y = W_out (s(W_in x) * W_gate x)
-            s, gate = inputs[1], x @ W_gate[0].mT
-            inputs, grads = [x, s * gate, x], [grads[0] * gate, delta, (delta @ W_out) * s]
+            s, gate, back = inputs[1], x @ W_gate[0].mT, delta @ W_out
+            inputs, grads = [x, s * gate, x], [back * gate * slopes[0], delta, back * s]
         one, moved = x.new_zeros(x.shape[:2]), []
         mom = one + math.log(0.9) if rule.momentum else None
         for W, S, row, g in zip(Ws, Ss, inputs, grads):
