@@ -5,7 +5,7 @@ Idea        A memory is a small MLP whose weights move inside the sequence, one 
             their own keys, values, step sizes and targets, and follows them with MLPs that change at several
             slower clocks (CMS).
 Paper       Nested Learning, arXiv:2512.24695 (HOPE, equations NL n); Titans, arXiv:2501.00663 (equations T n)
-Reproduces  nothing at paper scale: that needs 30-100 B tokens.  Measured here: docs/hope.md
+Reproduces  nothing at paper scale: that needs 30-100 B tokens.  Measured here: docs/hope_results.md
 Run         1 CPU   python hope_lm.py --preset smoke                  20 s, loss falls
             1 CPU   python hope_lm.py --preset tiny --data ../shared/data/tinyshakespeare
             1 GPU   python hope_lm.py --preset pilot --data shards
@@ -503,8 +503,7 @@ class Hope(nn.Module):
         self.maps = Memory(cfg, len(self.names)) if self.names else None
         self.gates, self.slow_gates = None, linear(D, 2 * H)
         if "g" in cfg.adapt:
-            self.gates = Memory(cfg, 2, scalar=True, residual=False)
-            self.slow_gates = None
+            self.gates, self.slow_gates = Memory(cfg, 2, scalar=True, residual=False), None
         # unit: a step of exactly 0 or 2 must be in reach; 1.98 multiplies by -0.98 and fades with length
         self.hard = cfg.normal == "unit"
         bias = torch.tensor([cfg.eta if self.hard else inverse_softplus(cfg.eta), 4.5])     # alpha: 0.99
@@ -755,8 +754,8 @@ class LM(nn.Module):
         if cfg.teach_clip:
             deltas = [d * (cfg.teach_clip / n.clamp(min=cfg.teach_clip)) for d, n in zip(deltas, sizes)]
         supervised = (target >= 0).sum(1).clamp(min=1)
-        doubt = torch.distributions.Categorical(logits=logits.detach()).entropy
-        how_surprising = dict(loss=lambda: part.detach().sum(1) / supervised, entropy=lambda: doubt().mean(1),
+        how_surprising = dict(loss=lambda: part.detach().sum(1) / supervised,
+                              entropy=lambda: torch.special.entr(logits.detach().softmax(-1)).sum(-1).mean(1),
                               delta=lambda: torch.stack(sizes).mean((0, 2, 3)))
         surprise_B = how_surprising[cfg.surprise]()
         info["teach"] = torch.stack(sizes).mean().detach()
@@ -878,7 +877,8 @@ def free_fields():
 
 def train(cfg):
     ddp = run.init(cfg.device)
-    run.keep_freed_memory()                         # a step makes and frees the same few thousand tensors
+    # a step makes and frees the same few thousand tensors; copies of CMS levels stay and cut the heap up
+    run.keep_freed_memory(1 << 20 if cfg.cms == "context" else 1 << 30)
     torch.set_flush_denormal(True)                  # decays times small gradients go below 1e-38: slow there
     cost.check(cfg, ddp)
     data = open_data(cfg)
@@ -919,7 +919,7 @@ def train(cfg):
             part.backward()
             loss += part.detach()
             info = (model.module if hasattr(model, "module") else model).info
-            open_sum, seen_sum = open_sum + float(info["gates"][0]), seen_sum + info["gates"][1]
+            open_sum, seen_sum = open_sum + info["gates"][0], seen_sum + info["gates"][1]
         norm = optim.whole(nn.utils.clip_grad_norm_(net.parameters(), cfg.clip))
         for name in outer.step(step, optim.rate(cfg, step)):
             if "levels" in name:
@@ -932,8 +932,8 @@ def train(cfg):
             log("train", step=step, loss=loss, ppl=math.exp(min(loss, 50)), length=T,
                 bpb=loss / math.log(2) / data.bytes_per_token, lr=cfg.lr * optim.rate(cfg, step),
                 grad_norm=float(norm), teach_norm=float(info.get("teach", 0.0)),
-                updates=moves, gate_open=open_sum / seen_sum if seen_sum else None, tok_s=round(speed, 1),
-                eta_h=(cfg.steps - step) * cfg.batch * cfg.length / speed / 3600,
+                updates=moves, gate_open=float(open_sum) / seen_sum if seen_sum else None,
+                tok_s=round(speed, 1), eta_h=(cfg.steps - step) * cfg.batch * cfg.length / speed / 3600,
                 mem_gb=torch.cuda.max_memory_allocated() / 1e9 if ddp.device.type == "cuda" else None)
             tick, done = time.time(), step
         if step == start + 1 or step % cfg.eval_every == 0 or step == cfg.steps:
@@ -941,7 +941,7 @@ def train(cfg):
             tick, done = time.time(), step
         side.update(sidecar.record(dataclasses.asdict(cfg), free_fields(), data.facts, step))
         run.save_if_due(cfg.out, step, cfg.steps, cfg.save_every, state, ddp, own)
-    if cfg.surprise_threshold and seen_sum and open_sum in (0.0, float(seen_sum)):
+    if cfg.surprise_threshold and seen_sum and float(open_sum) in (0.0, float(seen_sum)):
         log("warning", text=f"the surprise gate was {'never' if not open_sum else 'always'} open")
     weights = {k: optim.whole(v) for k, v in net.state_dict().items()}
     if ddp.rank == 0:
@@ -1039,7 +1039,7 @@ def evaluate(cfg):
 
 def plan(cfg):
     cfg = sized(cfg)
-    run.print_plan(cfg, cost.estimate(cfg, count(cfg)))
+    run.print_plan(cfg, cost.estimate(cfg, count(cfg), cost.kept(LM, cfg)))
 
 
 def verify(cfg):

@@ -119,11 +119,14 @@ def init(device="auto"):
     return Ranks(rank, world, where)
 
 
-def keep_freed_memory():
-    """Let glibc keep what tensors free for the next ones: a page that was handed back costs a fault."""
+def keep_freed_memory(below=1 << 30):
+    """Let glibc keep what tensors free for the next ones: a page that was handed back costs a fault.
+
+    below: bytes; a larger tensor has a mapping of its own and cannot leave holes between long-lived ones.
+    """
     with contextlib.suppress(OSError, AttributeError):      # not glibc: its allocator stays as it is
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30)                           # M_MMAP_THRESHOLD
+        libc.mallopt(-3, below)                             # M_MMAP_THRESHOLD
         libc.mallopt(-1, (1 << 31) - 1)                     # M_TRIM_THRESHOLD
 
 

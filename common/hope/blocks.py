@@ -218,7 +218,7 @@ def sum_gates(tree):
     if isinstance(tree, dict):
         tree = list(tree.values())
     if isinstance(tree, tuple) and len(tree) == 4 and isinstance(tree[3], list):
-        return float(tree[3][0]), tree[3][1]
+        return torch.as_tensor(tree[3][0]).detach(), tree[3][1]     # no float(): a GPU would be waited for
     pairs = [sum_gates(t) for t in tree] if isinstance(tree, list) else []
     return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
 

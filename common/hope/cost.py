@@ -1,5 +1,6 @@
 """Of a hope_lm Config alone: what it refuses and what its run costs; and table and curves of past runs."""
 
+import dataclasses
 import json
 import math
 import statistics
@@ -34,9 +35,48 @@ def check(cfg, ddp):
         raise UserError("--task recall needs --length 64 or more")
 
 
-def estimate(cfg, P):
-    """Parameters P -> dict of FLOP a step, GB a rank by kind, disk and hours at 40% of an
-    H100's bfloat16 peak."""
+def copies(cfg):
+    """Weights that a row's CMS levels leave behind in one layer, a copy a move (--cms context)."""
+    moves = sum(cfg.length / p for p in cfg.periods[:cfg.levels]) if cfg.cms == "context" else 0
+    return moves * cfg.matrices * cfg.hidden * cfg.width
+
+
+def kept(make, cfg):
+    """Numbers that the forward pass of a row keeps for backward -> (of one layer, of the rest).
+
+    Counted, not modelled: make(Config) runs, all zeros, with one and two layers on two and three chunks of
+    one row; both are linear.  Copies of CMS levels are left out.
+    """
+    span = math.lcm(cfg.chunk, cfg.chunk_self, cfg.periods[0] if cfg.cms == "context" else 1)
+    small = dataclasses.replace(cfg, hidden_width=cfg.hidden, params=0, periods=tuple(
+        min(p, span) for p in cfg.periods), remat="chunk" if cfg.remat == "chunk" else "none")
+
+    def counted(depth, n):
+        at = dataclasses.replace(small, depth=depth, length=n * span)
+        seen = {}
+        with torch.device("meta"):
+            net = make(at)
+        with torch.no_grad():
+            own = {p.zero_().untyped_storage().data_ptr() for p in net.to_empty(device="cpu").parameters()}
+
+        def pack(x):                                # a storage once, however many views of it are kept
+            store = x.untyped_storage()
+            if store.data_ptr() not in own:
+                seen[store.data_ptr()] = store.nbytes() / 4, x
+            return x
+        tokens = torch.zeros(1, n * span, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            net.score(tokens, tokens)
+        return sum(size for size, _ in seen.values()) - depth * copies(at)
+    one, two = counted(1, 2), counted(2, 2)
+    layer, rest = two - one, (2 * one - two) / 2 * cfg.length / span        # embedding and head: no start
+    slope = counted(1, 3) - one - (2 * one - two) / 2
+    return layer + slope * (cfg.length / span - 2), rest
+
+
+def estimate(cfg, P, kept):
+    """Parameters P, numbers kept a row (layer, rest) -> dict of FLOP a step, GB a rank by kind (float32,
+    nothing sharded), disk and hours at 40% of an H100's bfloat16 peak."""
     D, K, tokens = cfg.width, cfg.width // cfg.heads, cfg.batch * cfg.length
     memories = dict(lmm=1, mac=1, mag=1, mal=1, hope=1 + len(set(cfg.adapt) & set("qkv"))
                     + ("g" in cfg.adapt) / 2)
@@ -45,12 +85,13 @@ def estimate(cfg, P):
     seen = cfg.length / 2 if cfg.variant in ("full", "hope_attention") else window
     per_token = memories * D * (14 * cfg.memory_width * K + 12 * cfg.chunk)  # recalls and writes; Gram terms
     flops = 6 * P * tokens + 6 * cfg.depth * tokens * (per_token + 2 * D * seen)
-    rows, moves = cfg.micro or cfg.batch, sum(cfg.length / p for p in cfg.periods[:cfg.levels])
-    boundary = rows * cfg.depth * cfg.length / cfg.chunk * memories * 4 * cfg.memory_width * K * D
-    copies = rows * cfg.depth * moves * cfg.matrices * cfg.hidden * D if cfg.cms == "context" else 0
-    activations = rows * cfg.length * (D * cfg.depth * (2 if cfg.remat == "block" else 40) + 3 * cfg.vocab)
-    gb = dict(boundary_states_gb=4e-9 * boundary, cms_copies_gb=4e-9 * copies,
-              activations_gb=4e-9 * activations)
+    rows, (layer, rest) = cfg.micro or cfg.batch, kept
+    if cfg.remat == "chunk":                        # the checkpoints hold every chunk's first weights
+        layer += cfg.length / cfg.chunk * memories * 4 * cfg.memory_width * K * D
+    if cfg.remat == "block":        # all inputs; one layer while it is redone, its gradients (0.4, measured)
+        layer, rest = cfg.length * D, rest + 1.4 * layer + copies(cfg)
+    gb = dict(cms_copies_gb=4e-9 * rows * cfg.depth * copies(cfg),
+              activations_gb=4e-9 * rows * (cfg.depth * layer + rest))
     states = dict(muon=1, adamw=2, m3=5)[cfg.optimizer]
     return dict(params=P, hidden=cfg.hidden, flops_per_step=float(flops), tokens=tokens * cfg.steps, **gb,
                 memory_gb_per_rank=P * 4e-9 * (2 + states) + sum(gb.values()),
