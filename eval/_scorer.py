@@ -117,7 +117,7 @@ class Scorer:
                 own = self._learn(torch.tensor([head[n:]]), rows_of(state, [i]))
                 states[i] = self.net.remember(own, self.paths)
                 opened, seen = hope_lm.sum_gates(states[i]["blocks"])
-                self._count(opened - start[0], seen - start[1])
+                self._count(float(opened - start[0]), seen - start[1])
         return states
 
     def _learn(self, tokens, state):
