@@ -877,8 +877,7 @@ def free_fields():
 
 def train(cfg):
     ddp = run.init(cfg.device)
-    # a step makes and frees the same few thousand tensors; copies of CMS levels stay and cut the heap up
-    run.keep_freed_memory(1 << 20 if cfg.cms == "context" else 1 << 30)
+    run.keep_freed_memory(1 << 20 if cfg.cms == "context" else 1 << 30)    # copies of levels outlive the rest
     torch.set_flush_denormal(True)                  # decays times small gradients go below 1e-38: slow there
     cost.check(cfg, ddp)
     data = open_data(cfg)
@@ -901,7 +900,7 @@ def train(cfg):
         rest_params=outer.counts["rest"], bf16=cfg.bf16 and ddp.device.type == "cuda", sdpa=True,
         compile=cfg.compile, remat=cfg.remat, shard=cfg.shard, bytes_per_token=data.bytes_per_token,
         resumed_at=start)
-    moves, open_sum, seen_sum, tick, done = {}, 0.0, 0, time.time(), start
+    moves, opened, open_sum, seen_sum, tick, done = {}, 0.0, 0.0, 0, time.time(), start
     for step in run.progress(start, cfg.steps, ddp):
         run.seed_all(cfg.seed, ddp.rank, step)
         T = optim.length_at(cfg, step)
@@ -919,7 +918,7 @@ def train(cfg):
             part.backward()
             loss += part.detach()
             info = (model.module if hasattr(model, "module") else model).info
-            open_sum, seen_sum = open_sum + info["gates"][0], seen_sum + info["gates"][1]
+            opened, seen_sum = opened + info["gates"][0], seen_sum + info["gates"][1]
         norm = optim.whole(nn.utils.clip_grad_norm_(net.parameters(), cfg.clip))
         for name in outer.step(step, optim.rate(cfg, step)):
             if "levels" in name:
@@ -928,11 +927,12 @@ def train(cfg):
         if step % cfg.log_every == 0 or step in (1, cfg.steps):
             loss = float(run.all_mean(loss, ddp))
             run.check_finite(step, loss=loss, grad_norm=norm)
+            open_sum, opened = open_sum + float(opened), 0.0    # float32 there: exact for so few steps
             speed = (step - done) * cfg.batch * cfg.length / (time.time() - tick)
             log("train", step=step, loss=loss, ppl=math.exp(min(loss, 50)), length=T,
                 bpb=loss / math.log(2) / data.bytes_per_token, lr=cfg.lr * optim.rate(cfg, step),
                 grad_norm=float(norm), teach_norm=float(info.get("teach", 0.0)),
-                updates=moves, gate_open=float(open_sum) / seen_sum if seen_sum else None,
+                updates=moves, gate_open=open_sum / seen_sum if seen_sum else None,
                 tok_s=round(speed, 1), eta_h=(cfg.steps - step) * cfg.batch * cfg.length / speed / 3600,
                 mem_gb=torch.cuda.max_memory_allocated() / 1e9 if ddp.device.type == "cuda" else None)
             tick, done = time.time(), step
@@ -941,7 +941,7 @@ def train(cfg):
             tick, done = time.time(), step
         side.update(sidecar.record(dataclasses.asdict(cfg), free_fields(), data.facts, step))
         run.save_if_due(cfg.out, step, cfg.steps, cfg.save_every, state, ddp, own)
-    if cfg.surprise_threshold and seen_sum and float(open_sum) in (0.0, float(seen_sum)):
+    if cfg.surprise_threshold and seen_sum and open_sum in (0.0, float(seen_sum)):
         log("warning", text=f"the surprise gate was {'never' if not open_sum else 'always'} open")
     weights = {k: optim.whole(v) for k, v in net.state_dict().items()}
     if ddp.rank == 0:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from forked import command
 
 import hope_lm as h
-from common import run
+from common import graph, run
 from common.hope import corpus, cost, lesson, optim, passes, sidecar, text
 from common.hope.blocks import delta_net
 
@@ -728,20 +728,14 @@ def test_a_small_model_meets_its_budget_by_single_hidden_units():
                                 dict(variant="gated_deltanet"), dict(forget="written", cms_mlp="swiglu"),
                                 dict(cms="context", periods=(8, 32), through_writes=False)], ids=str)
 def test_plan_counts_what_a_forward_pass_keeps(kw):
-    """Counted on three chunks of two layers at most; here five chunks, three layers, two rows."""
+    """Counted on three chunks of two layers at most; here five chunks, three layers, two rows.  5%: MAC's
+    and LMM's fixed tokens are counted with every chunk, and there is one write fewer than chunks."""
     small = dict(width=32, depth=3, heads=2, length=160, batch=2, chunk=32, chunk_self=32, cms_levels=2)
     cfg = h.Config(**{**small, **kw})
     layer, rest = cost.kept(h.LM, cfg)
-    net, kept = h.LM(cfg), {}
-    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
-
-    def pack(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() / 4, x
-        return x
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = net.score(*torch.randint(0, 256, (2, 2, 160)))[0]
-    real = sum(n for at, (n, _) in kept.items() if at not in own)
-    assert loss.requires_grad and abs(2 * (3 * (layer + cost.copies(cfg)) + rest) / real - 1) < 0.05
+    net, tokens = h.LM(cfg), torch.randint(0, 256, (2, 2, 160))
+    real = graph.saved(lambda: net.score(*tokens), net) / 4
+    assert real > 1e5 and abs(2 * (3 * (layer + cost.copies(cfg)) + rest) / real - 1) < 0.05
 
 
 def test_plan_keeps_the_sparse_preset_below_49_gb(capsys):

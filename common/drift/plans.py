@@ -5,10 +5,10 @@ import math
 from resource import RUSAGE_SELF, getrusage
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.files import write_atomic
+from common.graph import saved
 
 WAYS = [(how, remat) for how in ("ddp", "fsdp2") for remat in (False, True)]
 
@@ -22,26 +22,6 @@ def flops(call):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         call()
     return counter.get_total_flops()
-
-
-def saved(call, *nets):
-    """Bytes that autograd keeps between forward and backward of call(), parameters of nets left out."""
-    known = {p.untyped_storage()._cdata for net in nets for p in net.parameters()}
-    total, held = 0, []
-
-    def pack(tensor):
-        nonlocal total
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            known.add(storage._cdata)
-            held.append(storage)            # alive, so that its address stays its own
-            total += storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor), torch.enable_grad():
-        out = call()
-    del out
-    return total
 
 
 def modes(weights_gb, other_gb, graph_gb, world, gpu_gb):

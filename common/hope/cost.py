@@ -9,6 +9,7 @@ import torch
 
 from common import draw
 from common.flags import UserError
+from common.graph import saved
 
 
 def check(cfg, ddp):
@@ -53,30 +54,22 @@ def kept(make, cfg):
 
     def counted(depth, n):
         at = dataclasses.replace(small, depth=depth, length=n * span)
-        seen = {}
         with torch.device("meta"):
             net = make(at)
         with torch.no_grad():
-            own = {p.zero_().untyped_storage().data_ptr() for p in net.to_empty(device="cpu").parameters()}
-
-        def pack(x):                                # a storage once, however many views of it are kept
-            store = x.untyped_storage()
-            if store.data_ptr() not in own:
-                seen[store.data_ptr()] = store.nbytes() / 4, x
-            return x
+            for p in net.to_empty(device="cpu").parameters():
+                p.zero_()
         tokens = torch.zeros(1, n * span, dtype=torch.long)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            net.score(tokens, tokens)
-        return sum(size for size, _ in seen.values()) - depth * copies(at)
+        return saved(lambda: net.score(tokens, tokens), net) / 4 - depth * copies(at)
     one, two = counted(1, 2), counted(2, 2)
     layer, rest = two - one, (2 * one - two) / 2 * cfg.length / span        # embedding and head: no start
     slope = counted(1, 3) - one - (2 * one - two) / 2
     return layer + slope * (cfg.length / span - 2), rest
 
 
-def estimate(cfg, P, kept):
-    """Parameters P, numbers kept a row (layer, rest) -> dict of FLOP a step, GB a rank by kind (float32,
-    nothing sharded), disk and hours at 40% of an H100's bfloat16 peak."""
+def estimate(cfg, P, a_row):
+    """Parameters P, numbers a row keeps (of a layer, of the rest) -> dict of FLOP a step, GB a rank by kind
+    (float32, nothing sharded), disk and hours at 40% of an H100's bfloat16 peak."""
     D, K, tokens = cfg.width, cfg.width // cfg.heads, cfg.batch * cfg.length
     memories = dict(lmm=1, mac=1, mag=1, mal=1, hope=1 + len(set(cfg.adapt) & set("qkv"))
                     + ("g" in cfg.adapt) / 2)
@@ -85,7 +78,7 @@ def estimate(cfg, P, kept):
     seen = cfg.length / 2 if cfg.variant in ("full", "hope_attention") else window
     per_token = memories * D * (14 * cfg.memory_width * K + 12 * cfg.chunk)  # recalls and writes; Gram terms
     flops = 6 * P * tokens + 6 * cfg.depth * tokens * (per_token + 2 * D * seen)
-    rows, (layer, rest) = cfg.micro or cfg.batch, kept
+    rows, (layer, rest) = cfg.micro or cfg.batch, a_row
     if cfg.remat == "chunk":                        # the checkpoints hold every chunk's first weights
         layer += cfg.length / cfg.chunk * memories * 4 * cfg.memory_width * K * D
     if cfg.remat == "block":        # all inputs; one layer while it is redone, its gradients (0.4, measured)
